@@ -1,0 +1,113 @@
+"""The catalogue under one model: encoding items to embeddings, and packing model and catalogue for the workers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pyarrow as pa
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from nightstream import registry
+from nightstream.errors import TableError
+from nightstream.features import transform_items
+from nightstream.payload import Loaded, Payload, encode_catalogue
+from nightstream.storage import Storage
+from nightstream.tables import ITEM_EMBEDDINGS, ITEMS
+
+
+def known_items(items: DataFrame, events: DataFrame) -> DataFrame:
+    """ITEMS rows for all items that are described or occur in an event; one that only occurs has no content."""
+    occurring = events.where(F.col("item_id").isNotNull()).select("item_id").distinct()
+    described = items.withColumn("described", F.lit(True))
+    return (
+        occurring.join(described, "item_id", "full_outer")
+        .withColumn("available", F.coalesce("available", F.lit(True)))
+        .select(*ITEMS.schema.names)
+    )
+
+
+def embed(items: DataFrame, payload: Payload) -> DataFrame:
+    """ITEMS rows -> ITEM_EMBEDDINGS rows under the payload's model, encoded on the executors."""
+    return items.select("item_id", "title", "text", "categories", "numbers").mapInArrow(
+        _encoder(payload), ITEM_EMBEDDINGS.schema
+    )
+
+
+def _encoder(payload: Payload) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    def encode(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        loaded: Loaded | None = None
+        for batch in batches:
+            if not batch.num_rows:
+                continue
+            loaded = loaded or payload.load()
+            table = pa.Table.from_batches([batch])
+            ids = table["item_id"].to_pylist()
+            vectors = loaded.model.encode_items(transform_items(table, loaded.statistics), ids)
+            known = set(loaded.model.item_ids)
+            offsets = pa.array(np.arange(len(ids) + 1, dtype=np.int32) * vectors.shape[1])
+            columns = {
+                "model_version": pa.array([payload.model_version] * len(ids)),
+                "item_id": pa.array(ids, pa.string()),
+                "vector": pa.ListArray.from_arrays(offsets, pa.array(vectors.reshape(-1).astype(np.float32))),
+                "from_content": pa.array([i not in known for i in ids]),
+            }
+            yield pa.record_batch(
+                [columns[n] for n in ITEM_EMBEDDINGS.schema.names], names=ITEM_EMBEDDINGS.schema.names
+            )
+
+    return encode
+
+
+def model_payload(storage: Storage, version: str) -> Payload:
+    """The model alone, with an empty catalogue: enough to encode items."""
+    return Payload(version, "", registry.load_artifacts(storage, version), NO_ITEMS)
+
+
+def load_payload(storage: Storage, version: str, files: dict[str, bytes] | None = None) -> Payload:
+    """A version with its catalogue as the tables have it now; both are bounded by what one worker must hold.
+
+    catalogue_version is a hash of the catalogue's content, so it moves only when that does.
+    Raises TableError where the version has no embeddings.
+    """
+    vectors = storage.read(ITEM_EMBEDDINGS).where(F.col("model_version") == version).select("item_id", "vector")
+    described = storage.read_or_empty(ITEMS).select("item_id", "title", "available")
+    table = (
+        vectors.join(described, "item_id", "left")
+        .select("item_id", "title", F.coalesce("available", F.lit(True)).alias("available"), "vector")
+        .toArrow()
+    )
+    if not table.num_rows:
+        raise TableError(
+            f"model {version} has no rows in {ITEM_EMBEDDINGS.name}; publish another version or train anew"
+        )
+    content = encode_catalogue(table)
+    digest = hashlib.sha256(content).hexdigest()[:12]
+    return Payload(version, digest, files or registry.load_artifacts(storage, version), content)
+
+
+def embed_missing(storage: Storage, items: DataFrame, payload: Payload) -> int:
+    """Encode those ITEMS rows that have no embedding under the payload's model yet; returns how many there were."""
+    present = storage.read_or_empty(ITEM_EMBEDDINGS).where(F.col("model_version") == payload.model_version)
+    missing = items.join(present.select("item_id"), "item_id", "left_anti").persist()
+    try:
+        count = missing.count()
+        if count:
+            storage.append(ITEM_EMBEDDINGS, embed(missing, payload))
+        return count
+    finally:
+        missing.unpersist()
+
+
+NO_ITEMS = encode_catalogue(
+    pa.table(
+        {
+            "item_id": pa.array([], pa.string()),
+            "title": pa.array([], pa.string()),
+            "available": pa.array([], pa.bool_()),
+            "vector": pa.array([], pa.list_(pa.float32())),
+        }
+    )
+)

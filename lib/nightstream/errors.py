@@ -1,0 +1,37 @@
+"""Every failure that a person can mend is a NightstreamError: one sentence that names the thing and the remedy."""
+
+from __future__ import annotations
+
+
+class NightstreamError(Exception):
+    """A problem in what was given to us (settings, sources, tables); commands print it alone and exit with 2."""
+
+    exit_code = 2
+
+
+class SettingsError(NightstreamError):
+    """One or more settings are wrong; `problems` has one line each, all found at once."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("settings: " + "; ".join(problems))
+
+
+class SourceError(NightstreamError):
+    """A source is missing, empty, unreadable, or lacks a mapped column."""
+
+
+class TableError(NightstreamError):
+    """A table is missing, has another schema than its TableSpec, or lost rows."""
+
+
+class ArtifactError(NightstreamError):
+    """A model's artifacts are missing, damaged, or made for something else."""
+
+
+class MachineError(NightstreamError):
+    """The machine lacks something, such as a suitable Java."""
+
+
+class WriterBusyError(NightstreamError):
+    """Another process holds the right to write the serving tables."""

@@ -1,0 +1,339 @@
+"""The books of what arrived: raw_events = events + quarantine + duplicates, to the row, through replays and crashes.
+
+Every payload row ends in exactly one of events, quarantine and duplicates. There must be one recording process at a
+time: two at once could both take an event for new.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+from pyspark.errors import PySparkException
+from pyspark.sql import Column, DataFrame, Row
+from pyspark.sql import functions as F
+
+from nightstream import events as E
+from nightstream.errors import TableError
+from nightstream.settings import Settings
+from nightstream.storage import Storage, with_retries
+from nightstream.tables import DUPLICATES, EVENTS, QUARANTINE, RAW_EVENTS, TableSpec
+
+log = logging.getLogger(__name__)
+
+Transaction = tuple[str, int]
+TABLES = (RAW_EVENTS, EVENTS, QUARANTINE, DUPLICATES)
+# Up to so many rows of a batch, their ids (some 50 bytes each) go to every task instead of shuffling `events`.
+_BROADCAST_ROWS = 200_000
+_ROWS_PER_FILE = 500_000
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the payload rows of one call are in the tables now; raw = events + quarantine + duplicates."""
+
+    raw: int = 0
+    events: int = 0
+    quarantine: int = 0
+    duplicates: int = 0
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The outcome of one call of `record`.
+
+    counts: rows of this call by where they ended, the ones that were there already included.
+    added: rows that this call added to each table by name (a superseding event adds none to events, its predecessor
+    one to duplicates). After a crash, the replay counts only what it had to add itself.
+    accepted: EVENTS rows of this call that may be folded into windows: no retractions, no retracted events; the same on
+    a replay. None when nothing valid came.
+    refold_users: user_id of the users whose windows must be folded again from `events`, distinct; None when nobody.
+    first_arrival: the earliest arrival time of the rows (UTC); None when they have none.
+    """
+
+    counts: Counts
+    added: dict[str, int]
+    accepted: DataFrame | None = None
+    refold_users: DataFrame | None = None
+    first_arrival: datetime | None = None
+    _cached: list[DataFrame] = field(default_factory=list, repr=False)
+
+    def release(self) -> None:
+        """Free the cached rows; the frames stay usable and are computed again."""
+        for frame in self._cached:
+            _release(frame)
+
+
+def record(
+    storage: Storage, payloads: DataFrame, settings: Settings, transaction: Transaction | None = None
+) -> Recorded:
+    """Book the payload rows (payload, source, position, arrival_time) into the four tables.
+
+    Repeating a call with the same rows adds nothing, with and without a transaction, and completes what a crash left
+    half-done. transaction: (application, sequence number) of a micro-batch; the application must change with the
+    checkpoint, and a number must always mean the same rows, because Delta skips an append whose number it has seen.
+    Without one (batch ingest), raw_events is written last, and its rows tell what was booked completely.
+    Raises TableError when `events` holds an event_id more than once.
+    """
+    storage.create(*TABLES)
+    source = settings.sources.events
+    raw = E.raw_rows(payloads)
+    parsed = _keep(E.parse(raw, source.columns, source.time_unit, settings.events, settings.serving.default_user))
+    size = parsed.agg(
+        F.count("*").alias("raw"),
+        F.count("reason").alias("quarantine"),
+        F.count_if(F.col("event_type") == settings.events.retraction_type).alias("retractions"),
+        F.min(F.unix_micros("arrival_time")).alias("first"),
+        F.max(F.unix_micros("arrival_time")).alias("last"),
+    ).first()
+    assert size is not None
+    if not size.raw:
+        _release(parsed)
+        return Recorded(Counts(), {t.name: 0 for t in TABLES})
+    # The rows that a micro-batch wrote before have its arrival times: Delta then skips most files of the large tables.
+    span = None
+    if transaction is not None and size["first"] is not None:
+        first, last = (F.timestamp_micros(F.lit(size[n])) for n in ("first", "last"))
+        span = F.col("arrival_time").isNull() | F.col("arrival_time").between(first, last)
+    return _Booking(storage, settings, transaction, parsed, size, span).run()
+
+
+def check(storage: Storage) -> dict[str, int]:
+    """The row counts of the four tables. Raises TableError unless raw_events = events + quarantine + duplicates."""
+    counted = [
+        storage.read_or_empty(t).agg(F.count("*").alias("rows")).withColumn("table", F.lit(t.name)) for t in TABLES
+    ]
+    both = counted[0].unionByName(counted[1]).unionByName(counted[2].unionByName(counted[3]))
+    rows = {r.table: r.rows for r in both.collect()}  # four rows
+    total = rows["events"] + rows["quarantine"] + rows["duplicates"]
+    if rows["raw_events"] != total:
+        raise TableError(
+            f"raw_events has {rows['raw_events']} rows, but events ({rows['events']}), "
+            f"quarantine ({rows['quarantine']}) and duplicates ({rows['duplicates']}) have {total} together; "
+            "a write was cut off: run the ingest again, or restart the stream with its checkpoint"
+        )
+    return rows
+
+
+class _Booking:
+    """One call of `record`, step by step."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        settings: Settings,
+        transaction: Transaction | None,
+        parsed: DataFrame,
+        size: Row,
+        span: Column | None,
+    ) -> None:
+        self.storage, self.settings, self.transaction = storage, settings, transaction
+        self.parsed, self.span = parsed, span
+        self.raw, self.quarantine, self.retractions = size.raw, size.quarantine, size.retractions
+        self.valid = self.raw - self.quarantine
+        self.first_arrival = None if size["first"] is None else _EPOCH + timedelta(microseconds=size["first"])
+        self.retraction_type = settings.events.retraction_type
+        self.small = self.raw <= _BROADCAST_ROWS
+
+    def run(self) -> Recorded:
+        cached = [self.parsed]
+        if not self.valid:
+            added = self._write(None, {})
+            self._log(added)
+            counts = Counts(self.raw, 0, self.quarantine, 0)
+            return Recorded(counts, added, first_arrival=self.first_arrival, _cached=cached)
+        # A fixed version: these rows mean the same after the writes below, also if Spark computes them anew.
+        before = self.storage.read(EVENTS, self._version(EVENTS))
+        resolved = _keep(self._resolve(before))
+        cached.append(resolved)
+        found = self._outcomes(resolved)
+        added = self._write(resolved, found)
+        self._log(added)
+        counts = Counts(self.raw, self.valid - found[E.DUPLICATE], self.quarantine, found[E.DUPLICATE])
+        current = resolved.where(F.col("raw_id") == F.col("kept_raw_id"))
+        refold = self._refold_users(resolved, current, found)
+        cached += [] if refold is None else [refold]
+        accepted = current.where(~F.col("dead") & (F.col("event_type") != self.retraction_type))
+        return Recorded(
+            counts,
+            added,
+            accepted.select(*EVENTS.schema.names),
+            refold,
+            self.first_arrival,
+            cached,
+        )
+
+    def _resolve(self, before: DataFrame) -> DataFrame:
+        valid = self.parsed.where(F.col("reason").isNull())
+        known = E.known(before, self._hint(valid.select("event_id")), self.retraction_type)
+        tombstones = self._hint(E.tombstones(valid, self.retraction_type)) if self.retractions else None
+        return E.settle(valid, self._hint(known), tombstones)
+
+    def _outcomes(self, resolved: DataFrame) -> dict[str, int]:
+        names = (E.NEW, E.SUPERSEDING, E.STORED, E.DUPLICATE)
+        totals = [F.count_if(F.col("outcome") == n).alias(n) for n in names]
+        retraction = (F.col("event_type") == self.retraction_type) & (F.col("raw_id") == F.col("kept_raw_id"))
+        totals += [F.count_if(retraction).alias("retractions"), F.count_if(F.col("copies") > 1).alias("damaged")]
+        row = resolved.agg(*totals).first()
+        assert row is not None
+        found = row.asDict()
+        if found["damaged"] or sum(found[n] for n in names) != self.valid:
+            raise TableError(
+                "table events holds an event_id more than once, written by two processes at a time; "
+                "keep the newest row of each event_id and move the others to duplicates"
+            )
+        return found
+
+    def _write(self, resolved: DataFrame | None, found: dict[str, int]) -> dict[str, int]:
+        """Write what is not there yet; returns the rows added to each table."""
+        added = {t.name: 0 for t in TABLES}
+        tasks: list[Callable[[], None]] = []
+        seen_before = found.get(E.STORED, 0) > 0
+        if self.quarantine:
+            rejected = self.parsed.where(F.col("reason").isNotNull())
+            rejected, added["quarantine"] = self._unknown(QUARANTINE, rejected, self.quarantine)
+            seen_before |= added["quarantine"] < self.quarantine
+            tasks += self._append(QUARANTINE, rejected, added)
+        superseding = found.get(E.SUPERSEDING, 0)
+        if resolved is not None:
+            added["events"] = found[E.NEW]
+            tasks += self._append(EVENTS, resolved.where(F.col("outcome") == E.NEW), added)
+            repeated = found[E.DUPLICATE] + superseding
+            if repeated:
+                copies, added["duplicates"] = self._unknown(DUPLICATES, _duplicates(resolved), repeated)
+                seen_before |= added["duplicates"] < repeated
+                tasks += self._append(DUPLICATES, copies, added)
+        fresh, added["raw_events"] = self.parsed, self.raw
+        if seen_before or self.transaction is None:
+            fresh, added["raw_events"] = self._unknown(RAW_EVENTS, self.parsed, self.raw)
+        raw = self._append(RAW_EVENTS, fresh, added)
+        _together(tasks if self.transaction is None else [*tasks, *raw])
+        if resolved is not None and superseding:
+            # After duplicates: from events alone a replay could no longer tell what was replaced.
+            self._merge(resolved)
+        if self.transaction is None:
+            _together(raw)
+        return added
+
+    def _unknown(self, spec: TableSpec, rows: DataFrame, count: int) -> tuple[DataFrame, int]:
+        """The rows whose raw_id the table does not have yet, and how many they are; `count` is how many are given."""
+        there = self.storage.read(spec, self._version(spec))
+        if self.span is not None and spec is not DUPLICATES:
+            there = there.where(self.span)
+        known = there.select("raw_id").join(self._hint(rows.select("raw_id")), "raw_id", "left_semi")
+        hits = known.count()
+        return (rows.join(self._hint(known), "raw_id", "left_anti") if hits else rows), count - hits
+
+    def _append(self, spec: TableSpec, rows: DataFrame, added: dict[str, int]) -> list[Callable[[], None]]:
+        if not added[spec.name]:
+            return []
+        files = added[spec.name] // _ROWS_PER_FILE + 1
+        few = rows.coalesce(files) if self.small else rows
+        return [lambda: self.storage.append(spec, few, self.transaction)]
+
+    def _merge(self, resolved: DataFrame) -> None:
+        rows = _cut(resolved.where(F.col("outcome") == E.SUPERSEDING).select(*EVENTS.schema.names))
+        newer = "struct(new.event_time, new.content_hash) > struct(old.event_time, old.content_hash)"
+
+        def run() -> None:
+            merge = self.storage.table(EVENTS).alias("old").merge(rows.alias("new"), "old.event_id = new.event_id")
+            merge.whenMatchedUpdateAll(condition=newer).execute()
+
+        with_retries(run, self.settings.serving.merge_attempts, "events")
+
+    def _refold_users(self, resolved: DataFrame, current: DataFrame, found: dict[str, int]) -> DataFrame | None:
+        """Users of superseded and superseding events, and owners of retracted events.
+
+        A replay finds the superseding event already in `events`; what it replaced is then known through duplicates.
+        """
+        replaced: list[DataFrame] = []
+        if found[E.SUPERSEDING]:
+            replaced.append(resolved.where(F.col("outcome") == E.SUPERSEDING).select("old.*"))
+            replaced.append(resolved.where(F.col("outcome") == E.SUPERSEDING).select(*EVENTS.schema.names))
+        if found[E.STORED] and self.transaction is not None:
+            replaced += self._replaced_before(current)
+        users = [r.select("user_id") for r in replaced]
+        retracted = [r.where(F.col("event_type") == self.retraction_type).select("retracts") for r in replaced]
+        if found["retractions"]:
+            retracted.append(current.where(F.col("event_type") == self.retraction_type).select("retracts"))
+        if retracted:
+            targets = _all(retracted).select(F.col("retracts").alias("event_id")).distinct()
+            users.append(
+                self.storage.read(EVENTS).join(F.broadcast(targets), "event_id", "left_semi").select("user_id")
+            )
+        if not users:
+            return None
+        refold = _keep(_all(users).distinct().coalesce(1) if self.small else _all(users).distinct())
+        return None if refold.isEmpty() else refold
+
+    def _replaced_before(self, current: DataFrame) -> list[DataFrame]:
+        stored = current.where(F.col("outcome") == E.STORED).select(F.col("raw_id").alias("kept_raw_id"))
+        copies = self.storage.read(DUPLICATES).join(self._hint(stored), "kept_raw_id", "left_semi")
+        raw = self.storage.read(RAW_EVENTS).join(F.broadcast(copies.select("raw_id")), "raw_id", "left_semi")
+        source, settings = self.settings.sources.events, self.settings
+        old = E.parse(raw, source.columns, source.time_unit, settings.events, settings.serving.default_user)
+        old = old.where(F.col("reason").isNull()).select(*EVENTS.schema.names)
+        return [] if old.isEmpty() else [old, current.select(*EVENTS.schema.names)]
+
+    def _hint(self, rows: DataFrame) -> DataFrame:
+        return F.broadcast(rows) if self.small else rows
+
+    def _version(self, spec: TableSpec) -> int:
+        row = self.storage.table(spec).history(1).select("version").first()
+        assert row is not None
+        return row.version
+
+    def _log(self, added: dict[str, int]) -> None:
+        log.info("recorded", extra={"rows": self.raw, "added": added, "transaction": self.transaction})
+
+
+def _duplicates(resolved: DataFrame) -> DataFrame:
+    """DUPLICATES rows: the repetitions of the batch, and the stored events that it replaces."""
+    here = resolved.where(F.col("outcome") == E.DUPLICATE).select(*DUPLICATES.schema.names)
+    replaced = resolved.where(F.col("outcome") == E.SUPERSEDING).select(
+        "old.raw_id", "event_id", F.col("raw_id").alias("kept_raw_id"), "old.arrival_time"
+    )
+    return here.unionByName(replaced)
+
+
+def _all(frames: list[DataFrame]) -> DataFrame:
+    first, *rest = frames
+    for frame in rest:
+        first = first.unionByName(frame)
+    return first
+
+
+def _keep(rows: DataFrame) -> DataFrame:
+    """Cached where that can be had: serverless clusters have no cache, and only compute more often."""
+    try:
+        return rows.persist()
+    except PySparkException:
+        return rows
+
+
+def _release(rows: DataFrame) -> None:
+    with suppress(PySparkException):
+        rows.unpersist()
+
+
+def _cut(rows: DataFrame) -> DataFrame:
+    """Few rows, computed now: Delta's MERGE refuses a source that was cached, and without a cache it needs no help."""
+    try:
+        return rows.localCheckpoint()
+    except PySparkException:
+        return rows
+
+
+def _together(tasks: list[Callable[[], None]]) -> None:
+    """Run all, wait for all, then raise the first error."""
+    if not tasks:
+        return
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        futures = [pool.submit(task) for task in tasks]
+    for future in futures:
+        future.result()

@@ -1,0 +1,123 @@
+"""The one commit of a micro-batch or a night, and the two MERGEs behind it.
+
+An append to `refreshes` is the commit: that row is the truth. `user_vectors` and `recommendations` follow by MERGE, the
+higher revision wins, so a MERGE that is repeated, or done after a crash, changes nothing that is right already.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
+
+from pyspark.sql import DataFrame, Window
+from pyspark.sql import functions as F
+
+from nightstream.storage import Storage, with_retries
+from nightstream.tables import LIST_ENTRY, RECOMMENDATIONS, REFRESHES, SEEN_OVERFLOW, USER_VECTORS
+
+CLOCK_SKEW = timedelta(hours=1)
+
+
+def commit(
+    storage: Storage,
+    refreshed: DataFrame,
+    writer: str,
+    batch_id: int,
+    refreshed_at: datetime,
+) -> DataFrame:
+    """Append one row per refreshed user to `refreshes`, once per (writer, batch_id). Returns the rows as committed.
+
+    `refreshed` is read several times, so pass it checkpointed. Overflowing seen entries go to their side table first: were the
+    order the other way round, a crash between the two would lose them.
+    """
+    surplus = refreshed.where(F.size("overflow") > 0)
+    if not surplus.isEmpty():
+        entries = surplus.select("user_id", F.explode("overflow").alias("o"))
+        storage.append(
+            SEEN_OVERFLOW, entries.select("user_id", "o.item_id", "o.event_time"), (f"{writer}-seen", batch_id)
+        )
+    rows = refreshed.withColumns(
+        {"refreshed_at": F.lit(refreshed_at), "writer": F.lit(writer), "batch_id": F.lit(batch_id).cast("long")}
+    ).select(*REFRESHES.schema.names)
+    storage.append(REFRESHES, rows, (writer, batch_id))
+    return rows
+
+
+def is_committed(storage: Storage, writer: str, batch_id: int) -> bool:
+    """Whether this writer has committed this batch already: true in the replay of a batch that died in its MERGEs."""
+    if not storage.exists(REFRESHES):
+        return False
+    mine = storage.read(REFRESHES).where((F.col("writer") == writer) & (F.col("batch_id") == batch_id))
+    return not mine.isEmpty()
+
+
+def merge(storage: Storage, rows: DataFrame, width: int, attempts: int) -> None:
+    """MERGE committed rows into both serving tables, side by side.
+
+    rows: one per user, its newest: of an older one, ranks that the user's list no longer has would be inserted again.
+    """
+    with ThreadPoolExecutor(2) as pool:
+        vectors = pool.submit(with_retries, lambda: _merge_states(storage, rows), attempts, USER_VECTORS.name)
+        lists = pool.submit(with_retries, lambda: _merge_lists(storage, rows, width), attempts, RECOMMENDATIONS.name)
+        vectors.result()
+        lists.result()
+
+
+def merge_tail(storage: Storage, width: int, attempts: int) -> None:
+    """Merge what was committed but not merged before a crash; doing it needlessly changes nothing.
+
+    Both tables follow `refreshes` in order, so whatever one of them misses is not older than its newest row, but for
+    the skew of the writers' clocks.
+    """
+    if not storage.exists(REFRESHES):
+        return
+    storage.create(USER_VECTORS, RECOMMENDATIONS)
+    refreshes = storage.read(REFRESHES)
+    reached = [storage.read(t).agg(F.max("refreshed_at")).first() for t in (USER_VECTORS, RECOMMENDATIONS)]
+    times = [row[0] for row in reached if row is not None and row[0] is not None]
+    if len(times) == 2:
+        refreshes = refreshes.where(F.col("refreshed_at") >= F.lit(min(times) - CLOCK_SKEW))
+    newest = Window.partitionBy("user_id").orderBy(F.desc("revision"))
+    tail = refreshes.withColumn("place", F.row_number().over(newest)).where("place = 1").drop("place")
+    merge(storage, tail, width, attempts)
+
+
+def list_width(storage: Storage, top_k: int) -> int:
+    """How many ranks a MERGE must write so that no longer list of an older setting keeps its end: at least top_k."""
+    if not storage.exists(RECOMMENDATIONS):
+        return top_k
+    row = storage.read(RECOMMENDATIONS).agg(F.max("rank")).first()
+    return max(top_k, row[0] or 0) if row is not None else top_k
+
+
+def list_rows(rows: DataFrame, width: int) -> DataFrame:
+    """Committed rows -> one row per user and rank 1..width; a rank behind the end of the list has no item."""
+    ranks = rows.select("*", F.explode(F.sequence(F.lit(1), F.lit(width))).alias("rank"))
+    entry = F.get("items", F.col("rank") - 1)
+    columns = [
+        (entry[c].alias(c) if c in LIST_ENTRY.names and c != "rank" else F.col(c)) for c in RECOMMENDATIONS.schema.names
+    ]
+    return ranks.select(*columns)
+
+
+def _merge_states(storage: Storage, rows: DataFrame) -> None:
+    (
+        storage.table(USER_VECTORS)
+        .alias("t")
+        .merge(rows.select(*USER_VECTORS.schema.names).alias("s"), "t.user_id = s.user_id")
+        .whenMatchedUpdateAll(condition="s.revision > t.revision")
+        .whenNotMatchedInsertAll()
+        .execute()
+    )
+
+
+def _merge_lists(storage: Storage, rows: DataFrame, width: int) -> None:
+    (
+        storage.table(RECOMMENDATIONS)
+        .alias("t")
+        .merge(list_rows(rows, width).alias("s"), "t.user_id = s.user_id AND t.rank = s.rank")
+        .whenMatchedDelete(condition="s.revision > t.revision AND s.item_id IS NULL")
+        .whenMatchedUpdateAll(condition="s.revision > t.revision")
+        .whenNotMatchedInsertAll(condition="s.item_id IS NOT NULL")
+        .execute()
+    )

@@ -1,0 +1,41 @@
+"""Bring every user's vector and list to the published model, unless a running stream does that itself."""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime
+from typing import Any
+
+from pyspark.sql import SparkSession
+
+from nightstream import catalogue, layers, registry, serving
+from nightstream.errors import WriterBusyError
+from nightstream.lease import Lease
+from nightstream.settings import Settings
+from nightstream.storage import Storage
+
+log = logging.getLogger(__name__)
+KIND = "nightly"
+
+
+def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, Any]:
+    """Refresh all known users under the published model and merge.
+
+    One process at a time writes the serving tables. While a stream holds the lease, this step leaves the work to it:
+    the stream takes over `stream.handover_slice` users with each micro-batch.
+    """
+    storage = Storage(spark, settings.storage)
+    serving_settings = settings.serving
+    attempts = serving_settings.merge_attempts
+    held = Lease(storage, KIND, KIND, serving_settings.lease_seconds, attempts, wait=False)
+    try:
+        with held:
+            serving.merge_tail(storage, serving.list_width(storage, serving_settings.top_k), attempts)
+            version = registry.published(storage).model_version
+            payload = catalogue.load_payload(storage, version)
+            writer = f"nightly {as_of:%Y%m%dT%H%M%S} {version}"
+            users = layers.apply_all(storage, settings, payload, writer, 0, layers.utc_now())
+    except WriterBusyError as busy:
+        log.info("another process writes the serving tables and will apply the model", extra={"reason": str(busy)})
+        return {"users": 0, "left_to": str(busy)}
+    return {"users": users, "model_version": version}

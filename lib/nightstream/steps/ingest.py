@@ -1,0 +1,61 @@
+"""Ingest: the batch sources' events, items and users into their tables."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from pyspark.sql import DataFrame, SparkSession
+
+from nightstream import attributes, formats, ledger, sources
+from nightstream.settings import Settings
+from nightstream.storage import Storage, with_retries
+from nightstream.tables import ITEMS, USERS, TableSpec
+
+log = logging.getLogger(__name__)
+
+
+def run(spark: SparkSession, settings: Settings) -> dict[str, Any]:
+    """Ingest all sources; running it again over the same sources adds nothing.
+
+    Items and users are merged by id: new descriptions replace old ones, and what left the source stays (an item goes
+    out of service by available = false). No table is touched before every source has proved readable.
+    Returns {"events": rows by table name, "added": likewise, of this run, "items": {"rows", "left_out"}, "users": …}.
+    Raises SourceError for a bad source, TableError unless raw_events = events + quarantine + duplicates afterwards.
+    """
+    storage = Storage(spark, settings.storage)
+    rules = settings.events
+    payloads = sources.read_events(spark, settings.sources.events)
+    items = users = None
+    if settings.sources.items is not None:
+        items = attributes.items(spark, settings.sources.items, rules.max_id_length)
+    if settings.sources.users is not None:
+        users = attributes.users(spark, settings.sources.users, rules.max_id_length, settings.serving.default_user)
+    for name, file in formats.recbole_siblings(settings.sources.events.path).items():
+        if getattr(settings.sources, name) is None:
+            log.warning("%s lies beside the events but is not used; add --set sources.%s.path=%s", file, name, file)
+    storage.create(ITEMS, USERS)
+    described: dict[str, Any] = {}
+    for name, spec, found in (("items", ITEMS, items), ("users", USERS, users)):
+        if found is not None:
+            _merge(storage, spec, found.rows, settings.serving.merge_attempts)
+        described[name] = {
+            "rows": storage.read(spec).count(),
+            "left_out": {} if found is None else found.left_out,
+        }
+    recorded = ledger.record(storage, payloads, settings)
+    recorded.release()
+    return {"events": ledger.check(storage), "added": recorded.added, **described}
+
+
+def _merge(storage: Storage, spec: TableSpec, rows: DataFrame, attempts: int) -> None:
+    (key,) = spec.keys
+    # Maps cannot be compared, their JSON can: rows that did not change are not written again.
+    columns = ", ".join(f"old.{c} AS {c}" for c in spec.schema.names)
+    changed = f"to_json(struct({columns})) <> to_json(struct({columns.replace('old.', 'new.')}))"
+
+    def run() -> None:
+        merge = storage.table(spec).alias("old").merge(rows.alias("new"), f"old.{key} = new.{key}")
+        merge.whenMatchedUpdateAll(condition=changed).whenNotMatchedInsertAll().execute()
+
+    with_retries(run, attempts, spec.name)

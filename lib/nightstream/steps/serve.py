@@ -1,0 +1,127 @@
+"""The streaming query: every micro-batch of events refreshes its users and merges their new lists."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from pyspark.sql import DataFrame, SparkSession
+
+from nightstream import sources
+from nightstream.errors import NightstreamError, TableError, WriterBusyError
+from nightstream.layers import BatchReport, SpeedLayer, utc_now
+from nightstream.lease import Lease
+from nightstream.settings import Settings
+from nightstream.storage import Storage
+from nightstream.tables import METRICS
+
+log = logging.getLogger(__name__)
+KIND = "stream"
+REPORTS_KEPT = 1000
+POLL_SECONDS = 1
+
+
+def run(
+    spark: SparkSession,
+    settings: Settings,
+    until_idle: bool = False,
+    max_batches: int | None = None,
+    on_batch: Callable[[BatchReport], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Run the query until it is stopped.
+
+    until_idle: work off what is there and end. max_batches: end after so many micro-batches. stop: asked every second.
+    Raises TableError where no model is published, WriterBusyError where another process writes the serving tables.
+    """
+    storage = Storage(spark, settings.storage)
+    checkpoint, serving = settings.stream.checkpoint, settings.serving
+    reports: deque[BatchReport] = deque(maxlen=REPORTS_KEPT)
+    counts = {"batches": 0, "events": 0, "users": 0}
+
+    def reported(report: BatchReport) -> None:
+        reports.append(report)
+        counts["batches"] += 1
+        counts["events"] += report.events
+        counts["users"] += report.users
+        log.info("micro-batch", extra=vars(report))
+        if on_batch is not None:
+            on_batch(report)
+
+    layer = SpeedLayer(storage, settings, lambda: writer_of(spark, checkpoint), utc_now, reported)
+    # The checkpoint names the holder, so that a stream that was killed has its lease back as soon as it runs again.
+    lease = Lease(storage, f"checkpoint {checkpoint}", KIND, serving.lease_seconds, serving.merge_attempts, wait=True)
+
+    # Stopping a query interrupts its micro-batch. That loses nothing, but a batch that is let to end need not be
+    # repeated at the next start.
+    running, stopped = threading.Lock(), threading.Event()
+
+    def micro_batch(payloads: DataFrame, batch_id: int) -> None:
+        with running:
+            if stopped.is_set():
+                raise InterruptedError("the query is being stopped")
+            lease.check()
+            layer(payloads, batch_id)
+
+    payloads = sources.stream_events(spark, settings.stream)
+    writer = payloads.writeStream.foreachBatch(micro_batch).option("checkpointLocation", checkpoint)
+    if until_idle:
+        writer = writer.trigger(availableNow=True)
+    elif settings.stream.trigger_seconds > 0:
+        writer = writer.trigger(processingTime=f"{settings.stream.trigger_seconds} seconds")
+    with lease:
+        query = writer.queryName("nightstream").start()
+        try:
+            while not query.awaitTermination(POLL_SECONDS):
+                if stop() or (max_batches is not None and counts["batches"] >= max_batches):
+                    break
+        except Exception as error:
+            raise _ours(error) from error
+        finally:
+            with running:
+                stopped.set()
+            query.stop()
+    return {**counts, **_measure(storage, reports)}
+
+
+def writer_of(spark: SparkSession, checkpoint: str) -> str:
+    """The identity of a checkpoint: Spark's query id, which a deleted and renewed checkpoint does not share.
+
+    Transactions are numbered under it; were it the path alone, the batches of a renewed checkpoint would be taken for
+    repetitions and ignored.
+    """
+    row = spark.read.text(f"{checkpoint.rstrip('/')}/metadata").first()
+    if row is None:
+        raise TableError(f"the checkpoint {checkpoint} has no metadata; delete it to start over")
+    return f"stream {json.loads(row[0])['id']}"
+
+
+def _ours(error: Exception) -> Exception:
+    """Spark wraps what a micro-batch raises; give a NightstreamError back as itself."""
+    text = str(error)
+    for kind in (WriterBusyError, TableError, NightstreamError):
+        marker = f"{kind.__module__}.{kind.__name__}: "
+        if marker in text:
+            return kind(text.split(marker, 1)[1].splitlines()[0])
+    return error
+
+
+def _measure(storage: Storage, reports: deque[BatchReport]) -> dict[str, float]:
+    if not reports:
+        return {}
+    visible = sorted(r.visible_seconds for r in reports)
+    total = sorted(r.total_seconds for r in reports)
+    measured = {
+        "stream_visible_p50_s": visible[len(visible) // 2],
+        "stream_visible_p95_s": visible[int(len(visible) * 0.95)],
+        "stream_merged_p50_s": total[len(total) // 2],
+        "stream_merged_p95_s": total[int(len(total) * 0.95)],
+    }
+    version, now = reports[-1].model_version, utc_now()
+    rows = [(name, value, version, {"batches": str(len(reports))}, now) for name, value in measured.items()]
+    storage.append(METRICS, storage.spark.createDataFrame(rows, METRICS.schema))
+    return measured

@@ -1,0 +1,41 @@
+"""Train the encoders and the ranker on the events so far, write the model's artifacts and its item embeddings."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from pyspark.sql import SparkSession
+
+from nightstream import catalogue, fitting, registry, splits
+from nightstream.errors import TableError
+from nightstream.events import live
+from nightstream.payload import Payload
+from nightstream.settings import Settings
+from nightstream.storage import Storage
+from nightstream.tables import EVENTS, ITEM_EMBEDDINGS, ITEMS, METRICS, USERS
+
+
+def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, Any]:
+    """Train version `as_of`; nothing that serves changes until that version is published.
+
+    Raises TableError where there are no events. Killed and run again with the same as_of, it resumes.
+    """
+    storage = Storage(spark, settings.storage)
+    events = live(storage.read(EVENTS), settings.events.retraction_type)
+    consumed = events.where(events.event_type.isin(*settings.events.window_types))
+    if consumed.isEmpty():
+        raise TableError("the table events has no event that enters a window; ingest some or check events.window_types")
+    version = registry.version_name(as_of, settings.training.seed)
+    roles = splits.by_time(consumed, settings.training.validation_fraction, settings.training.ranking_fraction)
+    items = catalogue.known_items(storage.read_or_empty(ITEMS), events)
+    fitted = fitting.fit(settings, roles, items, storage.read_or_empty(USERS), "training")
+    registry.save_artifacts(storage, version, fitted.files)
+    payload = Payload(version, "", fitted.files, catalogue.NO_ITEMS)
+    storage.overwrite(ITEM_EMBEDDINGS, catalogue.embed(items, payload), where=f"model_version = '{version}'")
+    registry.record(
+        storage, version, registry.TRAINED, as_of, settings.model_dump(mode="json"), fitted.metrics, fitted.history
+    )
+    rows: list[tuple] = [(name, float(value), version, {}, as_of) for name, value in fitted.metrics.items()]
+    storage.append(METRICS, spark.createDataFrame(rows, METRICS.schema))
+    return {"model_version": version, "metrics": fitted.metrics}

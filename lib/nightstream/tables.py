@@ -1,0 +1,207 @@
+"""The tables: one TableSpec each, and nothing else in the project knows a schema."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pyspark.sql import types as T
+
+from nightstream.errors import TableError
+
+
+def _struct(**fields: T.DataType) -> T.StructType:
+    return T.StructType([T.StructField(name, kind) for name, kind in fields.items()])
+
+
+STRING, LONG, INT, DOUBLE = T.StringType(), T.LongType(), T.IntegerType(), T.DoubleType()
+TIME, BOOL, BINARY = T.TimestampType(), T.BooleanType(), T.BinaryType()
+VECTOR = T.ArrayType(T.FloatType(), containsNull=False)
+CATEGORIES = T.MapType(STRING, T.ArrayType(STRING))
+NUMBERS = T.MapType(STRING, DOUBLE)
+
+# One event inside a window. event_time and event_id lead because structs compare field by field:
+# the order of a window is (event_time, event_id).
+WINDOW_EVENT = _struct(
+    event_time=TIME, event_id=STRING, content_hash=STRING, item_id=STRING, event_type=STRING, value=DOUBLE
+)
+WINDOW = T.ArrayType(WINDOW_EVENT, containsNull=False)
+SEEN = T.ArrayType(_struct(event_time=TIME, item_id=STRING), containsNull=False)
+LIST_ENTRY = _struct(rank=INT, item_id=STRING, score=DOUBLE, strategy=STRING, reason=STRING, because_item_id=STRING)
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """Name, schema, keys and grain of one Delta table.
+
+    keys: the columns that identify a row; partitioning: columns of the folder layout;
+    properties: Delta table properties set when the table is created.
+    """
+
+    name: str
+    grain: str
+    schema: T.StructType
+    keys: tuple[str, ...]
+    partitioning: tuple[str, ...] = ()
+    unindexed: tuple[str, ...] = ()
+    properties: tuple[tuple[str, str], ...] = ()
+
+    def check(self, columns: Iterable[str]) -> None:
+        """Raise TableError, naming the missing and the present columns, unless every column of the spec is there."""
+        present = list(columns)
+        missing = [f.name for f in self.schema if f.name not in present]
+        if missing:
+            raise TableError(
+                f"table {self.name} lacks the column(s) {', '.join(missing)} (present: {', '.join(present)}); "
+                "it was written by another version, migrate it or point storage.root to a new place"
+            )
+
+
+RAW_EVENTS = TableSpec(
+    "raw_events",
+    "one payload as it arrived",
+    _struct(raw_id=STRING, payload=STRING, source=STRING, position=STRING, arrival_time=TIME),
+    ("raw_id",),
+)
+EVENTS = TableSpec(
+    "events",
+    "one valid, cleaned, distinct event",
+    _struct(
+        event_id=STRING,
+        user_id=STRING,
+        item_id=STRING,
+        event_type=STRING,
+        event_time=TIME,
+        value=DOUBLE,
+        retracts=STRING,
+        content_hash=STRING,
+        raw_id=STRING,
+        arrival_time=TIME,
+    ),
+    ("event_id",),
+)
+QUARANTINE = TableSpec(
+    "quarantine",
+    "one rejected payload, with the reason and the field that caused it",
+    _struct(raw_id=STRING, payload=STRING, source=STRING, arrival_time=TIME, reason=STRING, field=STRING),
+    ("raw_id",),
+)
+DUPLICATES = TableSpec(
+    "duplicates",
+    "one payload whose event was, or has become, a repetition of another",
+    _struct(raw_id=STRING, event_id=STRING, kept_raw_id=STRING, arrival_time=TIME),
+    ("raw_id",),
+)
+ITEMS = TableSpec(
+    "items",
+    "one item of the catalogue: display title, text, categories, numbers",
+    _struct(item_id=STRING, title=STRING, text=STRING, categories=CATEGORIES, numbers=NUMBERS, available=BOOL),
+    ("item_id",),
+)
+USERS = TableSpec(
+    "users",
+    "one known user: categories and numbers",
+    _struct(user_id=STRING, categories=CATEGORIES, numbers=NUMBERS),
+    ("user_id",),
+)
+ITEM_EMBEDDINGS = TableSpec(
+    "item_embeddings",
+    "one item under one model version: its vector",
+    _struct(model_version=STRING, item_id=STRING, vector=VECTOR, from_content=BOOL),
+    ("model_version", "item_id"),
+)
+_STATE = {
+    "user_id": STRING,
+    "revision": LONG,
+    "window": WINDOW,
+    "seen": SEEN,
+    "seen_overflowed": BOOL,
+    "vector": VECTOR,
+    "model_version": STRING,
+    "catalogue_version": STRING,
+    "as_of": TIME,
+    "refreshed_at": TIME,
+}
+REFRESHES = TableSpec(
+    "refreshes",
+    "one refreshed user in one micro-batch or night: state, list and versions; append-only",
+    _struct(**_STATE, items=T.ArrayType(LIST_ENTRY, containsNull=False), writer=STRING, batch_id=LONG),
+    ("user_id", "revision"),
+)
+# What the refresh computes for a user: a row of refreshes before it is committed, and the seen entries that no longer
+# fit into the state.
+REFRESHED = T.StructType(
+    [
+        *[f for f in REFRESHES.schema if f.name not in ("refreshed_at", "writer", "batch_id")],
+        T.StructField("overflow", SEEN),
+    ]
+)
+SEEN_OVERFLOW = TableSpec(
+    "seen_overflow",
+    "one consumed item that no longer fits into its user's state; repeated rows mean the same as one",
+    _struct(user_id=STRING, item_id=STRING, event_time=TIME),
+    ("user_id", "item_id", "event_time"),
+)
+USER_VECTORS = TableSpec("user_vectors", "one user: window, seen items, vector", _struct(**_STATE), ("user_id",))
+RECOMMENDATIONS = TableSpec(
+    "recommendations",
+    "one user and rank: the serving table",
+    _struct(
+        user_id=STRING,
+        rank=INT,
+        item_id=STRING,
+        score=DOUBLE,
+        strategy=STRING,
+        reason=STRING,
+        because_item_id=STRING,
+        revision=LONG,
+        model_version=STRING,
+        catalogue_version=STRING,
+        as_of=TIME,
+        refreshed_at=TIME,
+    ),
+    ("user_id", "rank"),
+)
+MODELS = TableSpec(
+    "models",
+    "one step in the life of a model version (trained, published); the newest published row is the model that serves",
+    _struct(model_version=STRING, status=STRING, at=TIME, settings=STRING, metrics=STRING, history=STRING),
+    ("model_version", "status", "at"),
+)
+MODEL_ARTIFACTS = TableSpec(
+    "model_artifacts",
+    "one part of at most 32 MB of one file of one model version",
+    _struct(model_version=STRING, file=STRING, part=INT, parts=INT, sha256=STRING, content=BINARY),
+    ("model_version", "file", "part"),
+)
+METRICS = TableSpec(
+    "metrics",
+    "one measurement",
+    _struct(name=STRING, value=DOUBLE, model_version=STRING, labels=T.MapType(STRING, STRING), at=TIME),
+    ("name", "model_version", "at"),
+)
+WRITER_LEASE = TableSpec(
+    "writer_lease",
+    "the one row that says which process may write the serving tables, and until when",
+    _struct(name=STRING, holder=STRING, kind=STRING, expires_at=TIME),
+    ("name",),
+)
+
+ALL = (
+    RAW_EVENTS,
+    EVENTS,
+    QUARANTINE,
+    DUPLICATES,
+    ITEMS,
+    USERS,
+    ITEM_EMBEDDINGS,
+    REFRESHES,
+    SEEN_OVERFLOW,
+    USER_VECTORS,
+    RECOMMENDATIONS,
+    MODELS,
+    MODEL_ARTIFACTS,
+    METRICS,
+    WRITER_LEASE,
+)
+BY_NAME = {spec.name: spec for spec in ALL}

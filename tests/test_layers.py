@@ -1,0 +1,203 @@
+"""Batch and speed layer are one function: any cut of a stream ends in what one batch over all events computes."""
+
+from __future__ import annotations
+
+import random
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pytest
+import world
+from nightstream import catalogue, layers, registry, serving, sources
+from nightstream.ledger import check
+from nightstream.storage import Storage
+from nightstream.tables import BY_NAME, EVENTS, ITEMS, RECOMMENDATIONS, REFRESHES, USER_VECTORS
+from pyspark.sql import functions as F
+
+NOW = datetime(2024, 6, 1, tzinfo=UTC)
+NEAR = 1e-5
+TAKEN_BACK = "e001-011"
+
+
+def live_events() -> list:
+    """What arrives after the night: late, repeated and new users' events, an unknown item, a retraction, a changed
+    event, and things that are none."""
+    rng = random.Random(5)
+    rows = []
+    for number in range(60):
+        user = f"u{rng.randrange(46):03}"
+        when = world.START + 12 * 3600 + rng.randrange(-20_000, 90_000)
+        item = f"i{rng.randrange(world.ITEMS + 1):02}"
+        rows.append(
+            {"event_id": f"live{number}", "user_id": user, "item_id": item, "event_type": "view", "event_time": when}
+        )
+    rows += rng.sample(rows, 8)
+    rows.append(
+        {"event_id": "back", "user_id": "u001", "event_type": "retract", "event_time": 1, "retracts": TAKEN_BACK}
+    )
+    rows.append({"event_id": "e002-010", "user_id": "u004", "item_id": "i03", "event_time": world.START + 10**6})
+    return [*rows, "no json at all", {"user_id": "u000"}]
+
+
+def payloads(spark, tmp_path, rows, name):
+    source = world.write_lines(tmp_path / "live" / f"{name}.jsonl", rows)
+    return sources.read_events(spark, layers_source(source))
+
+
+def layers_source(path):
+    from nightstream.settings import EventSource
+
+    return EventSource.model_validate({**world.sources(path.parent)["events"], "path": str(path)})
+
+
+def speed_layer(storage, settings, name="stream one"):
+    return layers.SpeedLayer(storage, settings, lambda: name, layers.utc_now)
+
+
+def state_of(storage):
+    vectors = {
+        r.user_id: (
+            np.array(r.vector),
+            [(e.event_id, e.item_id, e.event_time) for e in r.window],
+            [(s.item_id, s.event_time) for s in r.seen],
+            r.as_of,
+        )
+        for r in storage.read(USER_VECTORS).collect()
+    }
+    lists: dict = {}
+    for r in storage.read(RECOMMENDATIONS).orderBy("user_id", "rank").collect():
+        lists.setdefault(r.user_id, []).append((r.rank, r.item_id, r.score))
+    return vectors, lists
+
+
+def assert_same(left: Storage, right: Storage) -> None:
+    """Equal states; vectors within 1e-5; two items may swap only where their scores lie closer than that."""
+    (vectors, lists), (other_vectors, other_lists) = state_of(left), state_of(right)
+    assert vectors.keys() == other_vectors.keys()
+    for user, (vector, *state) in vectors.items():
+        assert state == list(other_vectors[user][1:]), user
+        np.testing.assert_allclose(vector, other_vectors[user][0], atol=NEAR)
+    assert lists.keys() == other_lists.keys()
+    for user, rows in lists.items():
+        others = other_lists[user]
+        assert [r[0] for r in rows] == [r[0] for r in others] == list(range(1, len(rows) + 1))
+        np.testing.assert_allclose([r[2] for r in rows], [r[2] for r in others], atol=NEAR)
+        scores = {item: score for _, item, score in others}
+        for _, item, score in rows:
+            # An item that only one list has must tie with the end of the other.
+            assert abs(scores.get(item, others[-1][2]) - score) < NEAR, (user, item)
+
+
+def one_batch(spark, night, tmp_path, rows):
+    """The same events in one go, refreshed by the batch layer."""
+    storage, settings = night("batch")
+    from nightstream.ledger import record
+
+    record(storage, payloads(spark, tmp_path, rows, "all"), settings).release()
+    version = registry.published(storage).model_version
+    layers.apply_all(storage, settings, catalogue.load_payload(storage, version), "another night", 0, NOW)
+    return storage
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_any_cut_order_and_repetition_of_the_stream_equals_one_batch(spark, night, tmp_path, seed):
+    storage, settings = night("stream")
+    rows = live_events()
+    rng = random.Random(seed)
+    shuffled = rng.sample(rows, len(rows))
+    cuts = sorted(rng.sample(range(1, len(rows)), 3))
+    parts = [shuffled[a:b] for a, b in zip([0, *cuts], [*cuts, len(rows)], strict=True)]
+    layer = speed_layer(storage, settings)
+    for number, part in enumerate(parts):
+        layer(payloads(spark, tmp_path, part, f"part{seed}-{number}"), number)
+    # A micro-batch that comes again, as after a failure, changes nothing.
+    layer(payloads(spark, tmp_path, parts[-1], f"part{seed}-{len(parts) - 1}"), len(parts) - 1)
+    counts = check(storage)
+    assert counts["quarantine"] == 2
+    assert_same(storage, one_batch(spark, night, tmp_path, rows))
+    window = storage.read(USER_VECTORS).where("user_id = 'u001'").select(F.explode("window.event_id").alias("id"))
+    assert TAKEN_BACK not in {r.id for r in window.collect()}
+
+
+def crash(*_args, **_kwargs):
+    raise RuntimeError("killed")
+
+
+@pytest.mark.parametrize("broken", ["append:refreshes", "commit", "merge", "_merge_states", "_merge_lists"])
+def test_killed_between_any_two_writes_it_ends_in_the_undisturbed_state(spark, night, tmp_path, monkeypatch, broken):
+    storage, settings = night("stream")
+    rows = live_events()
+    layer = speed_layer(storage, settings)
+    layer(payloads(spark, tmp_path, rows[:30], "first"), 0)
+    with monkeypatch.context() as patched:
+        if broken.startswith("append:"):
+            write = Storage.append
+
+            def append(self, spec, frame, transaction=None):
+                write(self, spec, frame, transaction)
+                if spec.name == REFRESHES.name:
+                    crash()
+
+            patched.setattr(Storage, "append", append)
+        else:
+            patched.setattr(serving, broken, crash)
+        with pytest.raises(RuntimeError, match="killed"):
+            layer(payloads(spark, tmp_path, rows[30:], "second"), 1)
+    # The process is gone; a new one gets the same micro-batch from the checkpoint.
+    layer = speed_layer(storage, settings)
+    layer(payloads(spark, tmp_path, rows[30:], "second"), 1)
+    check(storage)
+    assert_same(storage, one_batch(spark, night, tmp_path, rows))
+    commits = storage.read(REFRESHES).where("writer = 'stream one'").groupBy("user_id", "revision").count()
+    assert commits.where("count > 1").isEmpty()
+
+
+def test_everyone_known_has_a_full_list_and_so_has_the_stranger(night):
+    storage, settings = night("cold")
+    counts = {r.user_id: r["count"] for r in storage.read(RECOMMENDATIONS).groupBy("user_id").count().collect()}
+    assert set(counts) >= {"idle-left", "idle-right", settings.serving.default_user}
+    eligible = {r.user_id: world.ITEMS - len({s.item_id for s in r.seen}) for r in storage.read(USER_VECTORS).collect()}
+    assert counts == {user: min(settings.serving.top_k, count) for user, count in eligible.items()}
+
+
+def test_an_unknown_user_has_a_list_after_the_first_event_and_an_unknown_item_is_encoded(spark, night, tmp_path):
+    storage, settings = night("new")
+    new_item = spark.createDataFrame(
+        [("i-new", "Item 3", "Item 3", {"group": ["left"]}, {"size": 3.0}, True)], ITEMS.schema
+    )
+    storage.append(ITEMS, new_item)
+    quick = settings.model_copy(update={"stream": settings.stream.model_copy(update={"snapshot_seconds": 0.0})})
+    layer = speed_layer(storage, quick)
+    event = {"event_id": "x1", "user_id": "newcomer", "item_id": "i00", "event_time": world.START + 10**5}
+    layer(payloads(spark, tmp_path, [event], "newcomer"), 0)
+    rows = storage.read(RECOMMENDATIONS).where("user_id = 'newcomer'").collect()
+    assert len(rows) == settings.serving.top_k
+    assert "i-new" in layer.payload.load().catalogue.item_ids
+    assert storage.read(EVENTS).where("user_id = 'newcomer'").count() == 1
+
+
+def test_a_newly_published_model_is_taken_over_by_slices_and_rolled_back(spark, night, tmp_path):
+    storage, settings = night("handover")
+    first = registry.published(storage)
+    for table in ("model_artifacts", "item_embeddings"):
+        spec = BY_NAME[table]
+        storage.append(spec, storage.read(spec).withColumn("model_version", F.lit("other")))
+    registry.record(storage, "other", registry.TRAINED, NOW, {}, {}, [])
+    registry.publish(storage, "other", NOW + timedelta(days=300))
+    stream = settings.stream.model_copy(update={"snapshot_seconds": 0.0, "handover_slice": 30})
+    layer = speed_layer(storage, settings.model_copy(update={"stream": stream}))
+    for version in ("other", first.model_version):
+        for number in range(3):
+            name = f"{version}-{number}"
+            event = {"event_id": name, "user_id": "u000", "item_id": "i01", "event_time": world.START + 10**5 + number}
+            layer(payloads(spark, tmp_path, [event], name), layers_batch(layer))
+            versions = {r.model_version for r in storage.read(RECOMMENDATIONS).collect()}
+            assert versions <= {"other", first.model_version}
+        assert versions == {version}
+        assert {r.model_version for r in storage.read(USER_VECTORS).collect()} == {version}
+        registry.publish(storage, first.model_version, NOW + timedelta(days=400))
+
+
+def layers_batch(layer) -> int:
+    layer.numbered = getattr(layer, "numbered", -1) + 1
+    return layer.numbered

@@ -1,0 +1,44 @@
+"""One writer at a time, by a lease that a dead process cannot keep."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from nightstream import lease
+from nightstream.errors import WriterBusyError
+
+NOW = datetime(2024, 5, 1, tzinfo=UTC)
+
+
+def test_a_lease_is_refused_while_held_and_taken_over_when_it_ran_out(storage):
+    assert lease.take(storage, "a", "stream", NOW, 60, 1) is None
+    assert lease.take(storage, "b", "nightly", NOW + timedelta(seconds=30), 60, 1) == "stream (a)"
+    assert lease.take(storage, "a", "stream", NOW + timedelta(seconds=40), 60, 1) is None
+    assert lease.take(storage, "b", "nightly", NOW + timedelta(seconds=90), 60, 1) == "stream (a)"
+    assert lease.take(storage, "b", "nightly", NOW + timedelta(seconds=101), 60, 1) is None
+    assert lease.take(storage, "a", "stream", NOW + timedelta(seconds=102), 60, 1) == "nightly (b)"
+
+
+def test_it_is_given_back_at_the_end_and_busy_in_between(storage):
+    other = lease.Lease(storage, "b", "nightly", 60, 3, wait=False)
+    with (
+        lease.Lease(storage, "a", "stream", 60, 3, wait=False),
+        pytest.raises(WriterBusyError, match=r"written by stream \(a\)"),
+    ):
+        other.__enter__()
+    with other:
+        pass
+
+
+def test_a_holder_that_lost_it_may_not_write_on(storage):
+    with lease.Lease(storage, "a", "stream", 5, 3, wait=False) as held:
+        held.check()
+        later = datetime.now(UTC) + timedelta(seconds=30)
+        assert lease.take(storage, "b", "nightly", later, 60, 3) is None
+        deadline = time.monotonic() + 20
+        while held.lost_to is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        with pytest.raises(WriterBusyError, match=r"taken over by nightly \(b\)"):
+            held.check()

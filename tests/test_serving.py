@@ -1,0 +1,87 @@
+"""The commit and the MERGEs behind it: once, in any order, and complete after a crash between any two of them."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from nightstream import serving
+from nightstream.tables import RECOMMENDATIONS, REFRESHED, REFRESHES, SEEN_OVERFLOW, USER_VECTORS
+
+AT = datetime(2024, 5, 1, tzinfo=UTC)
+WIDTH = 3
+
+
+def refreshed(spark, *rows):
+    """Refreshed rows from (user, revision, item ids[, overflowing item ids])."""
+    made = []
+    for user, revision, items, *surplus in rows:
+        entries = [(n + 1, item, 1.0 - n / 10, "sequence", "why", None) for n, item in enumerate(items)]
+        overflow = [(AT, item) for item in (surplus[0] if surplus else [])]
+        made.append((user, revision, [], [], bool(overflow), [float(revision), 0.0], "m1", "c1", AT, entries, overflow))
+    return spark.createDataFrame(made, REFRESHED)
+
+
+def lists(storage):
+    rows = storage.read(RECOMMENDATIONS).orderBy("user_id", "rank").collect()
+    return [(r.user_id, r.rank, r.item_id, r.revision) for r in rows]
+
+
+def commit_and_merge(storage, rows, batch_id, seconds=0):
+    committed = serving.commit(storage, rows, "test", batch_id, AT + timedelta(seconds=seconds))
+    serving.merge(storage, committed, WIDTH, 1)
+
+
+def test_a_shorter_list_leaves_no_surplus_rank(storage, spark):
+    commit_and_merge(storage, refreshed(spark, ("u", 1, ["a", "b", "c"]), ("v", 1, ["a"])), 0)
+    commit_and_merge(storage, refreshed(spark, ("u", 2, ["d"])), 1)
+    assert lists(storage) == [("u", 1, "d", 2), ("v", 1, "a", 1)]
+
+
+def test_a_lower_top_k_removes_the_ranks_behind_it(storage, spark):
+    commit_and_merge(storage, refreshed(spark, ("u", 1, ["a", "b", "c"])), 0)
+    width = serving.list_width(storage, 1)
+    assert width == 3
+    serving.merge(storage, serving.commit(storage, refreshed(spark, ("u", 2, ["a"])), "test", 1, AT), width, 1)
+    assert lists(storage) == [("u", 1, "a", 2)]
+
+
+def test_an_older_revision_never_overwrites_a_newer_one(storage, spark):
+    commit_and_merge(storage, refreshed(spark, ("u", 5, ["new"])), 0)
+    serving.commit(storage, refreshed(spark, ("u", 4, ["old", "older"])), "late clock", 0, AT + timedelta(seconds=9))
+    serving.merge_tail(storage, WIDTH, 1)
+    (state,) = storage.read(USER_VECTORS).collect()
+    assert (state.revision, list(state.vector)) == (5, [5.0, 0.0])
+    assert lists(storage) == [("u", 1, "new", 5)]
+
+
+def test_a_commit_happens_once_per_writer_and_batch(storage, spark):
+    rows = refreshed(spark, ("u", 1, ["a"], ["x", "y"]))
+    assert not serving.is_committed(storage, "test", 0)
+    for _ in range(2):
+        serving.commit(storage, rows, "test", 0, AT)
+    serving.commit(storage, rows, "another", 0, AT)
+    assert serving.is_committed(storage, "test", 0)
+    assert not serving.is_committed(storage, "test", 1)
+    writers = [r.writer for r in storage.read(REFRESHES).orderBy("writer").collect()]
+    assert writers == ["another", "test"]
+    assert {r.item_id for r in storage.read(SEEN_OVERFLOW).collect()} == {"x", "y"}
+
+
+@pytest.mark.parametrize("broken", ["_merge_states", "_merge_lists"])
+def test_the_tail_is_merged_after_a_crash_between_the_merges(storage, spark, monkeypatch, broken):
+    commit_and_merge(storage, refreshed(spark, ("u", 1, ["a"]), ("v", 1, ["b"])), 0)
+
+    def crash(*_):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(serving, broken, crash)
+        with pytest.raises(RuntimeError, match="killed"):
+            commit_and_merge(storage, refreshed(spark, ("u", 2, ["c", "d"]), ("w", 1, ["e"])), 1, seconds=60)
+    serving.merge_tail(storage, WIDTH, 1)
+    expected = [("u", 1, "c", 2), ("u", 2, "d", 2), ("v", 1, "b", 1), ("w", 1, "e", 1)]
+    assert lists(storage) == expected
+    assert {(r.user_id, r.revision) for r in storage.read(USER_VECTORS).collect()} == {("u", 2), ("v", 1), ("w", 1)}
+    serving.merge_tail(storage, WIDTH, 1)
+    assert lists(storage) == expected
