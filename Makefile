@@ -74,7 +74,7 @@ test-slow: venv ## the tests that need servers, a browser or a long run
 	@$(BIN)/pytest -m slow || { code=$$?; [ $$code -eq 5 ] && echo "no test is marked slow" || exit $$code; }
 
 demo: venv data ## MovieLens-100k from end to end; writes out/ and ends with the path of its report
-	@$(BIN)/nightstream demo --settings conf/movielens.yaml --settings conf/local.yaml
+	@$(BIN)/nightstream demo --settings conf/movielens.yaml --settings conf/local.yaml --settings conf/demo.yaml
 
 # To take in newer versions, delete the lines concerned from requirements.lock first: what is there stays pinned.
 # It is made by `uv pip compile` from pyproject.toml, for Python 3.11 on any system, with hashes and without addresses.

@@ -207,5 +207,8 @@ def test_spark_submit_runs_a_job_file(tmp_path):
     assert (tmp_path / "tables" / "events" / "_delta_log").is_dir()
     bad = submit(tmp_path / "nowhere.jsonl")
     assert bad.returncode == 2, bad.stderr
-    assert "nowhere.jsonl" in bad.stderr
-    assert "Traceback" not in bad.stderr
+    # spark-submit sends all that Python writes to its own stdout.
+    sentences = [line for line in bad.stdout.splitlines() if line.startswith("nightstream: ")]
+    assert len(sentences) == 1
+    assert "nowhere.jsonl" in sentences[0]
+    assert "Traceback" not in bad.stdout + bad.stderr

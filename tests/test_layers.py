@@ -50,6 +50,12 @@ def layers_source(path):
     return EventSource.model_validate({**world.sources(path.parent)["events"], "path": str(path)})
 
 
+def feed(layer, payloads, number) -> None:
+    """One micro-batch, merged before the test looks at it."""
+    layer(payloads, number)
+    layer.settle()
+
+
 def speed_layer(storage, settings, name="stream one"):
     return layers.SpeedLayer(storage, settings, lambda: name, layers.utc_now)
 
@@ -109,9 +115,9 @@ def test_any_cut_order_and_repetition_of_the_stream_equals_one_batch(spark, nigh
     parts = [shuffled[a:b] for a, b in zip([0, *cuts], [*cuts, len(rows)], strict=True)]
     layer = speed_layer(storage, settings)
     for number, part in enumerate(parts):
-        layer(payloads(spark, tmp_path, part, f"part{seed}-{number}"), number)
+        feed(layer, payloads(spark, tmp_path, part, f"part{seed}-{number}"), number)
     # A micro-batch that comes again, as after a failure, changes nothing.
-    layer(payloads(spark, tmp_path, parts[-1], f"part{seed}-{len(parts) - 1}"), len(parts) - 1)
+    feed(layer, payloads(spark, tmp_path, parts[-1], f"part{seed}-{len(parts) - 1}"), len(parts) - 1)
     counts = check(storage)
     assert counts["quarantine"] == 2
     assert_same(storage, one_batch(spark, night, tmp_path, rows))
@@ -128,7 +134,7 @@ def test_killed_between_any_two_writes_it_ends_in_the_undisturbed_state(spark, n
     storage, settings = night("stream")
     rows = live_events()
     layer = speed_layer(storage, settings)
-    layer(payloads(spark, tmp_path, rows[:30], "first"), 0)
+    feed(layer, payloads(spark, tmp_path, rows[:30], "first"), 0)
     with monkeypatch.context() as patched:
         if broken.startswith("append:"):
             write = Storage.append
@@ -142,10 +148,10 @@ def test_killed_between_any_two_writes_it_ends_in_the_undisturbed_state(spark, n
         else:
             patched.setattr(serving, broken, crash)
         with pytest.raises(RuntimeError, match="killed"):
-            layer(payloads(spark, tmp_path, rows[30:], "second"), 1)
+            feed(layer, payloads(spark, tmp_path, rows[30:], "second"), 1)
     # The process is gone; a new one gets the same micro-batch from the checkpoint.
     layer = speed_layer(storage, settings)
-    layer(payloads(spark, tmp_path, rows[30:], "second"), 1)
+    feed(layer, payloads(spark, tmp_path, rows[30:], "second"), 1)
     check(storage)
     assert_same(storage, one_batch(spark, night, tmp_path, rows))
     commits = storage.read(REFRESHES).where("writer = 'stream one'").groupBy("user_id", "revision").count()
@@ -169,7 +175,7 @@ def test_an_unknown_user_has_a_list_after_the_first_event_and_an_unknown_item_is
     quick = settings.model_copy(update={"stream": settings.stream.model_copy(update={"snapshot_seconds": 0.0})})
     layer = speed_layer(storage, quick)
     event = {"event_id": "x1", "user_id": "newcomer", "item_id": "i00", "event_time": world.START + 10**5}
-    layer(payloads(spark, tmp_path, [event], "newcomer"), 0)
+    feed(layer, payloads(spark, tmp_path, [event], "newcomer"), 0)
     rows = storage.read(RECOMMENDATIONS).where("user_id = 'newcomer'").collect()
     assert len(rows) == settings.serving.top_k
     assert "i-new" in layer.payload.load().catalogue.item_ids
@@ -190,7 +196,7 @@ def test_a_newly_published_model_is_taken_over_by_slices_and_rolled_back(spark, 
         for number in range(3):
             name = f"{version}-{number}"
             event = {"event_id": name, "user_id": "u000", "item_id": "i01", "event_time": world.START + 10**5 + number}
-            layer(payloads(spark, tmp_path, [event], name), layers_batch(layer))
+            feed(layer, payloads(spark, tmp_path, [event], name), layers_batch(layer))
             versions = {r.model_version for r in storage.read(RECOMMENDATIONS).collect()}
             assert versions <= {"other", first.model_version}
         assert versions == {version}

@@ -57,7 +57,8 @@ def test_the_sampled_softmax_learns_the_ring_too(tmp_path: Path) -> None:
 def test_progress_lines_have_what_a_bar_needs(tmp_path: Path) -> None:
     train_encoder(spec_in(tmp_path, options=SMALL | {"epochs": 2}))
     lines = [json.loads(line) for line in (tmp_path / "out" / "progress.jsonl").read_text().splitlines()]
-    assert all(set(line) == {"encoder", "epoch", "epochs", "step", "steps", "loss", "ndcg@10"} for line in lines)
+    expected = {"encoder", "epoch", "epochs", "whole", "step", "steps", "loss", "ndcg@10"}
+    assert all(set(line) == expected for line in lines)
     assert (lines[-1]["epoch"], lines[-1]["step"]) == (2, lines[-1]["steps"])
     assert lines[-1]["ndcg@10"] is not None
 

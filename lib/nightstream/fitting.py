@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import threading
@@ -159,6 +160,8 @@ def _launcher(settings: Settings, update: Callable[[dict[str, Any]], None]) -> C
             distributor = TorchDistributor(
                 num_processes=training.processes, local_mode=training.local_mode, use_gpu=False
             )
+            # It sets its own level when it is made.
+            logging.getLogger("TorchDistributor").setLevel(logging.WARNING)
             return distributor.run(train_encoder, spec)
         finally:
             done.set()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -74,8 +75,8 @@ def apply_all(storage: Storage, settings: Settings, payload: Payload, writer: st
 
 @dataclass(frozen=True)
 class BatchReport:
-    """What one micro-batch did; durations in seconds; delay_seconds is that of the oldest event in it, from
-    its arrival to its commit."""
+    """What one micro-batch did. visible_seconds: from its start to its commit; delay_seconds: from the arrival of its
+    oldest event to its commit."""
 
     batch_id: int
     events: int
@@ -83,7 +84,6 @@ class BatchReport:
     duplicates: int
     users: int
     visible_seconds: float
-    total_seconds: float
     delay_seconds: float | None
     model_version: str
 
@@ -110,29 +110,37 @@ class SpeedLayer:
         self.payload = self._load()
         self.width = serving.list_width(storage, settings.serving.top_k)
         self._looked_at = time.monotonic()
+        self._pool = ThreadPoolExecutor(1, "merge")
+        self._merging: Future[None] | None = None
 
     def __call__(self, payloads: DataFrame, batch_id: int) -> None:
-        """Record the payloads, refresh their users, commit, merge. Repeating a batch changes nothing."""
+        """Record the payloads, refresh their users, commit; the MERGEs follow behind, while the next batch is recorded.
+
+        Repeating a batch changes nothing. Raises what the MERGEs of the batch before have met.
+        """
         begun = time.monotonic()
-        storage, attempts = self.storage, self.settings.serving.merge_attempts
+        storage = self.storage
         first = not self.writer
         if first:
             self.writer = self._writer_of()
-            serving.merge_tail(storage, self.width, attempts)
+            serving.merge_tail(storage, self.width, self.settings.serving.merge_attempts)
         self._look_for_news()
         recorded = record(storage, payloads, self.settings, (self.writer, batch_id))
         try:
             if first and serving.is_committed(storage, self.writer, batch_id):
                 return
+            # The states must be those of the batch before.
+            self.settle()
             # Not persist: a MERGE refuses a source that is in the query cache.
             refreshed = self._refresh(recorded).localCheckpoint()
+            users = refreshed.count()
             now = self.clock()
             rows = serving.commit(storage, refreshed, self.writer, batch_id, now)
-            visible = time.monotonic() - begun
-            serving.merge(storage, rows, self.width, attempts)
-            users = refreshed.count()
         finally:
             recorded.release()
+        self._merging = self._pool.submit(
+            serving.merge, storage, rows, self.width, self.settings.serving.merge_attempts
+        )
         self.on_batch(
             BatchReport(
                 batch_id,
@@ -140,12 +148,17 @@ class SpeedLayer:
                 recorded.counts.quarantine,
                 recorded.counts.duplicates,
                 users,
-                visible,
                 time.monotonic() - begun,
                 None if recorded.first_arrival is None else (now - recorded.first_arrival).total_seconds(),
                 self.payload.model_version,
             )
         )
+
+    def settle(self) -> None:
+        """Wait until all that is committed is merged. Raises what the MERGEs have met; the next start merges then."""
+        merging, self._merging = self._merging, None
+        if merging is not None:
+            merging.result()
 
     def _refresh(self, recorded: Recorded) -> DataFrame:
         """Refresh the users of the micro-batch, and some of those that are still under an older model."""

@@ -83,7 +83,9 @@ def record(
     storage.create(*TABLES)
     source = settings.sources.events
     raw = E.raw_rows(payloads)
-    parsed = _keep(E.parse(raw, source.columns, source.time_unit, settings.events, settings.serving.default_user))
+    parsed = E.parse(raw, source.columns, source.time_unit, settings.events, settings.serving.default_user)
+    # Of a micro-batch, planning costs more than computing: a checkpoint spares all that follows the long plan.
+    parsed = _keep(parsed) if transaction is None else _cut(parsed)
     size = parsed.agg(
         F.count("*").alias("raw"),
         F.count("reason").alias("quarantine"),
@@ -147,10 +149,7 @@ class _Booking:
             self._log(added)
             counts = Counts(self.raw, 0, self.quarantine, 0)
             return Recorded(counts, added, first_arrival=self.first_arrival, _cached=cached)
-        # A fixed version: these rows mean the same after the writes below, also if Spark computes them anew.
-        before = self.storage.read(EVENTS, self._version(EVENTS))
-        resolved = _keep(self._resolve(before))
-        cached.append(resolved)
+        resolved = self._resolved()
         found = self._outcomes(resolved)
         added = self._write(resolved, found)
         self._log(added)
@@ -167,6 +166,16 @@ class _Booking:
             self.first_arrival,
             cached,
         )
+
+    def _resolved(self) -> DataFrame:
+        """The valid rows with their outcome, which the writes that follow must not change."""
+        if not self.small:
+            return self._resolve(self.storage.read(EVENTS, self._version(EVENTS)))
+        try:
+            return self._resolve(self.storage.read(EVENTS)).localCheckpoint()
+        except PySparkException:
+            # Serverless clusters have no checkpoint: a fixed version means the same rows whenever they are computed.
+            return self._resolve(self.storage.read(EVENTS, self._version(EVENTS)))
 
     def _resolve(self, before: DataFrame) -> DataFrame:
         valid = self.parsed.where(F.col("reason").isNull())

@@ -51,9 +51,10 @@ def training_bar() -> Iterator[Callable[[dict[str, Any]], None]]:
 
 
 def _print_epoch(line: dict[str, Any]) -> None:
-    if line["ndcg@10"] is not None:
+    if line["whole"]:
         text = f"train {line['encoder']}: epoch {line['epoch']}/{line['epochs']}, loss {line['loss']:.3f}"
-        print(f"{text}, validation NDCG@10 {line['ndcg@10']:.4f}", file=sys.stderr, flush=True)
+        score = "" if line["ndcg@10"] is None else f", validation NDCG@10 {line['ndcg@10']:.4f}"
+        print(text + score, file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 # Legible on a light and on a dark ground.
 COLOURS = ("#3f8efc", "#e8743b", "#19a979", "#b565d9", "#d9a400", "#6c8893")
 _USERS = {"all": COLOURS[0], "known": COLOURS[2], "unknown": COLOURS[1]}
-_HEIGHT = 340
+_HEIGHT = 350
 
 
 def training(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -117,11 +117,11 @@ def _json(figure: go.Figure) -> dict[str, Any]:
     figure.update_layout(
         template="none",
         height=_HEIGHT,
-        margin={"l": 56, "r": 16, "t": 44, "b": 84},
-        legend={"orientation": "h", "y": -0.28, "x": 0},
+        margin={"l": 56, "r": 16, "t": 44, "b": 92},
+        legend={"orientation": "h", "y": -0.34, "x": 0},
         hovermode="closest",
     )
-    figure.update_xaxes(automargin=True, zeroline=False)
-    figure.update_yaxes(automargin=True, zeroline=False)
+    figure.update_xaxes(automargin=True, zeroline=False, title_font_size=13, title_standoff=8)
+    figure.update_yaxes(automargin=True, zeroline=False, title_font_size=13)
     document: dict[str, Any] = json.loads(figure.to_json())
     return document

@@ -27,8 +27,8 @@ def commit(
 ) -> DataFrame:
     """Append one row per refreshed user to `refreshes`, once per (writer, batch_id). Returns the rows as committed.
 
-    `refreshed` is read several times, so pass it checkpointed. Overflowing seen entries go to their side table first: were the
-    order the other way round, a crash between the two would lose them.
+    `refreshed` is read several times, so pass it checkpointed. Overflowing seen entries go to their side table first:
+    were the order the other way round, a crash between the two would lose them.
     """
     surplus = refreshed.where(F.size("overflow") > 0)
     if not surplus.isEmpty():

@@ -68,6 +68,7 @@ def _common(settings: SparkSettings) -> dict[str, str]:
     return {
         "spark.sql.session.timeZone": "UTC",
         "spark.sql.shuffle.partitions": str(settings.shuffle_partitions),
+        "spark.sql.adaptive.enabled": str(settings.adaptive).lower(),
         # Small tables and short micro-batches: the fixed cost of each stage is what counts.
         "spark.databricks.delta.snapshotPartitions": "1",
         "spark.databricks.delta.merge.materializeSource": "none",

@@ -34,6 +34,7 @@ class SparkSettings(Section):
     master: str
     driver_memory: str = Field(pattern=r"^\d+[mg]$")
     shuffle_partitions: int = Field(ge=1, le=10_000)
+    adaptive: bool
     packages: tuple[str, ...]
 
 

@@ -53,10 +53,7 @@ class Storage:
                 continue
             builder = DeltaTable.createIfNotExists(self.spark).addColumns(spec.schema).comment(spec.grain)
             builder = builder.tableName(self.location(spec)) if self._by_name else builder.location(self.location(spec))
-            if spec.partitioning:
-                builder = builder.partitionedBy(*spec.partitioning)
-            builder = builder.property("delta.enableDeletionVectors", "false")
-            for key, value in spec.properties:
+            for key, value in spec.properties.items():
                 builder = builder.property(key, value)
             builder.execute()
 

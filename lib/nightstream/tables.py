@@ -16,6 +16,10 @@ def _struct(**fields: T.DataType) -> T.StructType:
 
 STRING, LONG, INT, DOUBLE = T.StringType(), T.LongType(), T.IntegerType(), T.DoubleType()
 TIME, BOOL, BINARY = T.TimestampType(), T.BooleanType(), T.BinaryType()
+_SMALL = (T.StringType, T.LongType, T.IntegerType, T.DoubleType, T.TimestampType)
+_LONG_TEXTS = ("payload", "position", "title", "text", "reason", "settings", "history")
+_PERSONAL = ("user_id", "item_id", "because_item_id")
+_IDENTIFIERS = (*_PERSONAL, "event_id", "retracts", "raw_id", "kept_raw_id", "content_hash")
 VECTOR = T.ArrayType(T.FloatType(), containsNull=False)
 CATEGORIES = T.MapType(STRING, T.ArrayType(STRING))
 NUMBERS = T.MapType(STRING, DOUBLE)
@@ -32,19 +36,23 @@ LIST_ENTRY = _struct(rank=INT, item_id=STRING, score=DOUBLE, strategy=STRING, re
 
 @dataclass(frozen=True)
 class TableSpec:
-    """Name, schema, keys and grain of one Delta table.
-
-    keys: the columns that identify a row; partitioning: columns of the folder layout;
-    properties: Delta table properties set when the table is created.
-    """
+    """Name, schema, keys and grain of one Delta table. keys: the columns that identify a row."""
 
     name: str
     grain: str
     schema: T.StructType
     keys: tuple[str, ...]
-    partitioning: tuple[str, ...] = ()
-    unindexed: tuple[str, ...] = ()
-    properties: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def properties(self) -> dict[str, str]:
+        """Delta table properties: no deletion vectors, which DuckDB and delta-rs cannot read, and no identifiers in the
+        column statistics, where they would outlive the deletion of their rows."""
+        silent = (*_IDENTIFIERS, *_LONG_TEXTS)
+        told = [f.name for f in self.schema if isinstance(f.dataType, _SMALL) and f.name not in silent]
+        statistics = {"delta.dataSkippingStatsColumns": ",".join(told)}
+        if not told:
+            statistics = {"delta.dataSkippingNumIndexedCols": "0"}
+        return {"delta.enableDeletionVectors": "false", **statistics}
 
     def check(self, columns: Iterable[str]) -> None:
         """Raise TableError, naming the missing and the present columns, unless every column of the spec is there."""

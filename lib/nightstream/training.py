@@ -198,12 +198,12 @@ class Trainer:
             for mean, now in zip(self.average.parameters(), self.model.parameters(), strict=True):
                 mean.lerp_(now.detach(), share)
             if self.rank == 0 and (step + 1 == steps or step % max(1, steps // 10) == 0):
-                self._progress(epoch + 1, step + 1, steps, total / (step + 1), None)
+                self._progress(epoch + 1, step + 1, steps, total / (step + 1), None, False)
         score = _validate(self.average, self.items, self.sequences, self.valid) if self.rank == 0 else 0.0
         score = self._agree(score, dist.ReduceOp.MAX if self.world > 1 else None)
         self.history.append({"epoch": epoch + 1, "loss": total / max(1, steps), "ndcg@10": score})
         if self.rank == 0:
-            self._progress(epoch + 1, steps, steps, total / max(1, steps), score)
+            self._progress(epoch + 1, steps, steps, total / max(1, steps), score if len(self.valid) else None, True)
 
     def _loss(self, chunks: training_data.Chunks, rows: np.ndarray) -> Tensor:
         sequences = self.sequences
@@ -294,12 +294,13 @@ class Trainer:
             parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
             start += parameter.numel()
 
-    def _progress(self, epoch: int, step: int, steps: int, loss: float, score: float | None) -> None:
+    def _progress(self, epoch: int, step: int, steps: int, loss: float, score: float | None, whole: bool) -> None:
         name = self.spec.get("name", self.spec["encoder"])
         line = {
             "encoder": name,
             "epoch": epoch,
             "epochs": self.sizes.epochs,
+            "whole": whole,
             "step": step,
             "steps": steps,
             "loss": loss,

@@ -85,6 +85,7 @@ def run(
             with running:
                 stopped.set()
             query.stop()
+        layer.settle()
     return {**counts, **_measure(storage, reports)}
 
 
@@ -114,12 +115,12 @@ def _measure(storage: Storage, reports: deque[BatchReport]) -> dict[str, float]:
     if not reports:
         return {}
     visible = sorted(r.visible_seconds for r in reports)
-    total = sorted(r.total_seconds for r in reports)
+    delay = sorted(r.delay_seconds for r in reports if r.delay_seconds is not None) or [0.0]
     measured = {
         "stream_visible_p50_s": visible[len(visible) // 2],
         "stream_visible_p95_s": visible[int(len(visible) * 0.95)],
-        "stream_merged_p50_s": total[len(total) // 2],
-        "stream_merged_p95_s": total[int(len(total) * 0.95)],
+        "stream_delay_p50_s": delay[len(delay) // 2],
+        "stream_delay_p95_s": delay[int(len(delay) * 0.95)],
     }
     version, now = reports[-1].model_version, utc_now()
     rows = [(name, value, version, {"batches": str(len(reports))}, now) for name, value in measured.items()]

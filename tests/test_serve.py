@@ -1,0 +1,142 @@
+"""The streaming query itself: a real checkpoint, restarts, a deleted checkpoint, one writer at a time, SIGKILL."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import world
+import yaml
+from nightstream import lease
+from nightstream.errors import TableError, WriterBusyError
+from nightstream.ledger import check
+from nightstream.settings import validate
+from nightstream.steps import serve
+from nightstream.storage import Storage
+from nightstream.tables import RECOMMENDATIONS, REFRESHES, USER_VECTORS
+
+
+def arriving(number: int, seed: int = 7) -> list[dict]:
+    rng = random.Random(seed)
+    return [
+        {
+            "event_id": f"live{n}",
+            "user_id": f"u{rng.randrange(48):03}",
+            "item_id": f"i{rng.randrange(world.ITEMS):02}",
+            "event_time": world.START + 10**6 + n,
+        }
+        for n in range(number)
+    ]
+
+
+def drop(settings, name: str, rows: list) -> None:
+    """A file for the stream, appearing whole."""
+    folder = Path(settings.stream.path)
+    hidden = world.write_lines(folder / f".{name}.jsonl", rows)
+    os.replace(hidden, folder / f"{name}.jsonl")
+
+
+def windows(storage):
+    rows = storage.read(USER_VECTORS).collect()
+    return {r.user_id: ([e.event_id for e in r.window], [round(x, 4) for x in r.vector]) for r in rows}
+
+
+def test_a_restart_goes_on_and_a_deleted_checkpoint_changes_nothing(spark, night):
+    storage, settings = night("serve")
+    before = check(storage)["events"]
+    rows = arriving(40)
+    drop(settings, "a", rows[:20])
+    reports = []
+    told = serve.run(spark, settings, until_idle=True, on_batch=reports.append)
+    assert (told["events"], told["batches"]) == (20, 1)
+    assert reports[0].delay_seconds > 0
+    drop(settings, "b", [*rows[20:], "garbage"])
+    assert serve.run(spark, settings, until_idle=True)["events"] == 20
+    counts = check(storage)
+    assert counts == {"raw_events": before + 41, "events": before + 40, "quarantine": 1, "duplicates": 0}
+    after = windows(storage)
+    newest = {r["user_id"]: r["event_id"] for r in rows}
+    assert {user: after[user][0][-1] for user in newest} == newest
+    shutil.rmtree(settings.stream.checkpoint)
+    serve.run(spark, settings, until_idle=True)
+    assert check(storage) == counts
+    assert windows(storage) == after
+    writers = {r.writer for r in storage.read(REFRESHES).where("writer LIKE 'stream%'").collect()}
+    assert len(writers) == 2
+
+
+def test_nobody_writes_beside_another(spark, night):
+    storage, settings = night("busy")
+    document = settings.model_dump(mode="json")
+    document["serving"]["lease_seconds"] = 5
+    with (
+        lease.Lease(storage, "nightly", "nightly", 30, 3, wait=False),
+        pytest.raises(WriterBusyError, match=r"being written by nightly \(nightly\)"),
+    ):
+        serve.run(spark, validate(document), until_idle=True)
+
+
+def test_without_a_model_it_says_what_to_run(spark, settings):
+    with pytest.raises(TableError, match="no model has been published yet; run the nightly job first"):
+        serve.run(spark, settings, until_idle=True)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_as_if_undisturbed(spark, night, tmp_path):
+    """The real process, killed with SIGKILL while files arrive, and started again, until all has arrived."""
+    storage, settings = night("killed")
+    document = settings.model_dump(mode="json")
+    document["stream"]["max_per_trigger"] = 1
+    file = tmp_path / "base.yaml"
+    file.write_text(yaml.safe_dump(document), encoding="utf-8")
+    rows = arriving(60)
+    for number in range(0, 60, 10):
+        drop(settings, f"f{number:02}", rows[number : number + 10])
+    command = [str(Path(sys.executable).with_name("nightstream")), "serve", "--settings", str(file)]
+    log = (tmp_path / "serve.log").open("w")
+    rng = random.Random(11)
+    for _ in range(3):
+        before = storage.read(REFRESHES).count()
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while storage.read(REFRESHES).count() == before and time.monotonic() < deadline:
+            time.sleep(0.2)
+        time.sleep(rng.uniform(0.0, 3.0))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    serve.run(spark, validate(document), until_idle=True)
+    check(storage)
+    undisturbed, own = night("undisturbed")
+    drop(own, "all", rows)
+    serve.run(spark, own, until_idle=True)
+    assert windows(storage) == windows(undisturbed)
+    lists = [
+        [(r.user_id, r.rank, r.item_id) for r in s.read(RECOMMENDATIONS).orderBy("user_id", "rank").collect()]
+        for s in (storage, undisturbed)
+    ]
+    assert lists[0] == lists[1]
+
+
+def test_the_clock_of_a_commit_is_the_wall_clock(spark, night):
+    storage, settings = night("clock")
+    begun = datetime.now(UTC)
+    drop(settings, "a", arriving(3))
+    serve.run(spark, settings, until_idle=True)
+    mine = storage.read(REFRESHES).where("writer LIKE 'stream%'").collect()
+    assert mine
+    assert all(begun <= r.refreshed_at.replace(tzinfo=UTC) <= datetime.now(UTC) for r in mine)
+
+
+def test_storage_is_found_by_a_relative_path(spark, settings, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    relative = Storage(spark, settings.storage.model_copy(update={"root": "tables"}))
+    relative.create(RECOMMENDATIONS)
+    assert (tmp_path / "tables" / "recommendations" / "_delta_log").is_dir()
