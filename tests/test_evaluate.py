@@ -26,7 +26,7 @@ def settings_for(folder, rows):
 def test_predictions_scored_again_give_the_same_figures(spark, tmp_path):
     rows = world.events()
     rows.append(
-        {**rows[-1], "event_id": "only", "user_id": "u000", "item_id": "never seen", "event_time": world.START * 2}
+        {**rows[-1], "event_id": "only", "user_id": "u000", "item_id": "never seen", "event_time": world.START + 10**6}
     )
     settings = settings_for(tmp_path, rows)
     out, told = tmp_path / "lists.parquet", tmp_path / "figures.json"

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-console = Console(stderr=True)
-output = Console()
+console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
+# Redirected into a file there is no width to keep to.
+output = Console(width=None if sys.stdout.isatty() else 120)
 
 
 @contextmanager
@@ -79,7 +80,7 @@ def quality_table(scores: Sequence[dict[str, Any]], title: str) -> Table:
     for name in ("delay", "users", "events", "HR@5", "NDCG@5", "HR@10", "NDCG@10", "HR@20", "NDCG@20", "coverage"):
         table.add_column(name, justify="left" if name in ("delay", "users") else "right")
     for row in scores:
-        delay = "frozen at the cut" if row["delay_s"] is None else f"{row['delay_s']:g} s"
+        delay = "frozen" if row["delay_s"] is None else f"{row['delay_s']:g} s"
         figures = [f"{row[f'{m}@{k}']:.4f}" for k in (5, 10, 20) for m in ("hr", "ndcg")]
         coverage = "" if row["coverage"] is None else f"{row['coverage']:.2f}"
         table.add_row(delay, row["users"], f"{row['events']:,}", *figures, coverage)
