@@ -201,7 +201,7 @@ def _moved(old: int | None, new: int) -> str:
     return f"<em class='up'>▲ {old - new}</em>" if new < old else f"<em class='down'>▼ {new - old}</em>"
 
 
-def _counts(counts: Mapping[str, Any], prefix: str = "") -> str:
+def _counts(counts: Mapping[str, Any]) -> str:
     """Nested counts as one table of (name, number)."""
     rows = list(_flat(counts))
     return _table(["", "rows"], [[name, f"{n:,}"] for name, n in rows], 1) if rows else "<p class='none'>No counts.</p>"
