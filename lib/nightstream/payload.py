@@ -82,16 +82,17 @@ def decode_catalogue(content: bytes) -> tuple[Catalogue, pa.Array]:
         table = pa.ipc.open_stream(content).read_all()
     except pa.ArrowInvalid as error:
         raise ArtifactError("the catalogue of the published model cannot be read; train anew") from error
-    ids = _combined(table["item_id"])
-    vectors = _combined(table["vector"])
+    ids = combined(table["item_id"])
+    vectors = combined(table["vector"])
     width = len(vectors.flatten()) // max(len(vectors), 1)
     matrix = np.asarray(vectors.flatten(), dtype=np.float32).reshape(len(vectors), width)
     titles = [title or item for title, item in zip(table["title"].to_pylist(), ids.to_pylist(), strict=True)]
-    available = np.asarray(_combined(table["available"]).to_numpy(zero_copy_only=False), dtype=bool)
+    available = np.asarray(combined(table["available"]).to_numpy(zero_copy_only=False), dtype=bool)
     return Catalogue(ids.to_pylist(), matrix, available, titles), ids
 
 
-def _combined(column: pa.ChunkedArray) -> pa.Array:
+def combined(column: pa.ChunkedArray) -> pa.Array:
+    """The column as one array."""
     array = column.combine_chunks()
     return array if isinstance(array, pa.Array) else pa.concat_arrays(array.chunks)
 

@@ -17,7 +17,7 @@ from pyspark.sql import functions as F
 from nightstream.blocks import Windows
 from nightstream.explain import STRATEGIES, reason_text
 from nightstream.features import transform_users
-from nightstream.payload import Loaded, Payload, names
+from nightstream.payload import Loaded, Payload, combined, names
 from nightstream.tables import LIST_ENTRY, REFRESHED
 from nightstream.window import fold
 
@@ -95,7 +95,7 @@ def _score_batch(table: pa.Table, payload: Payload, loaded: Loaded, top_k: int) 
 def windows_of(table: pa.Table, loaded: Loaded) -> Windows:
     """Folded rows with user attributes -> the arrays that the model reads."""
     length, model = loaded.model.window_length, loaded.model
-    window = _combined(table["window"])
+    window = combined(table["window"])
     sizes = np.asarray(pc.list_value_length(window), dtype=np.int64)
     owner = np.repeat(np.arange(len(sizes)), sizes)
     starts = np.cumsum(sizes) - sizes
@@ -126,7 +126,7 @@ def windows_of(table: pa.Table, loaded: Loaded) -> Windows:
 
 
 def _seen(table: pa.Table, loaded: Loaded) -> tuple[np.ndarray, np.ndarray]:
-    seen, older = _combined(table["seen"]), _combined(table["older_seen"])
+    seen, older = combined(table["seen"]), combined(table["older_seen"])
     kept = np.asarray(pc.list_value_length(seen), dtype=np.int64)
     more = np.asarray(pc.fill_null(pc.list_value_length(older), 0), dtype=np.int64)
     rows = np.concatenate(
@@ -169,9 +169,4 @@ def _rows(values: pa.Array, ids: pa.Array) -> np.ndarray:
 
 
 def _flat(column: pa.ChunkedArray, field: str) -> pa.Array:
-    return _combined(column).flatten().field(field)
-
-
-def _combined(column: pa.ChunkedArray) -> pa.Array:
-    array = column.combine_chunks()
-    return array if isinstance(array, pa.Array) else pa.concat_arrays(array.chunks)
+    return combined(column).flatten().field(field)

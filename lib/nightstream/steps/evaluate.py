@@ -13,14 +13,14 @@ from typing import Any, Literal
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from nightstream import attributes, catalogue, evaluation, fitting, progress, sources, splits
+from nightstream import catalogue, evaluation, fitting, progress, sources, splits
 from nightstream.errors import SourceError
 from nightstream.evaluation import Served
 from nightstream.events import NEW, live, parse, raw_rows, resolve
 from nightstream.learning_files import write_atomically
 from nightstream.payload import Payload, encode_catalogue
 from nightstream.settings import Settings
-from nightstream.tables import EVENTS, ITEMS, USERS
+from nightstream.tables import EVENTS
 
 Protocol = Literal["leave-one-out", "prequential"]
 
@@ -41,7 +41,8 @@ def run(
     Returns {"protocol", "scores", "metrics"}; see evaluation.scores.
     """
     events = clean_events(spark, settings).persist()
-    items, users = described(spark, settings)
+    items = sources.read_items(spark, settings)
+    users = sources.read_users(spark, settings)
     cut = None
     if protocol == "leave-one-out":
         events = splits.leave_last_out(events).persist()
@@ -91,17 +92,6 @@ def clean_events(spark: SparkSession, settings: Settings) -> DataFrame:
     events = live(distinct.select(*EVENTS.schema.names), rules.retraction_type)
     events = events.where(F.col("event_type").isin(*rules.window_types))
     return events.withColumn("event_id", F.concat(tie, F.lit("/"), "event_id"))
-
-
-def described(spark: SparkSession, settings: Settings) -> tuple[DataFrame, DataFrame]:
-    """ITEMS and USERS rows of the sources, empty where there are none."""
-    items, users = spark.createDataFrame([], ITEMS.schema), spark.createDataFrame([], USERS.schema)
-    longest = settings.events.max_id_length
-    if settings.sources.items is not None:
-        items = attributes.items(spark, settings.sources.items, longest).rows
-    if settings.sources.users is not None:
-        users = attributes.users(spark, settings.sources.users, longest, settings.serving.default_user).rows
-    return items, users
 
 
 def _payload(files: dict[str, bytes], items: DataFrame) -> Payload:
