@@ -36,7 +36,7 @@ def payloads(spark, lines, position="file"):
 
 def parsed(spark, lines, columns=COLUMNS, time_unit="auto", rules=RULES):
     """The parsed rows in the order of the lines (which must differ)."""
-    rows = E.parse(E.raw_rows(payloads(spark, lines)), columns, time_unit, rules, "*")
+    rows = E.raw_rows(E.parse(payloads(spark, lines), columns, time_unit, rules, "*"))
     rows = rows.withColumn("micros", F.unix_micros("event_time")).drop("event_time", "arrival_time")
     found = {r.payload: r for r in rows.collect()}
     assert len(found) == len(lines)
@@ -223,8 +223,9 @@ def test_raw_ids_are_unique_and_come_back(spark):
 
 
 def test_broken_utf8_is_kept_readable(spark):
-    raw = E.raw_rows(payloads(spark, ["x"]).withColumn("payload", F.expr("cast(X'7BFF7D' as string)")))
-    assert raw.first().payload == "{\ufffd}"
+    broken = payloads(spark, ["x"]).withColumn("payload", F.expr("cast(X'7BFF7D' as string)"))
+    row = E.raw_rows(E.parse(broken, COLUMNS, "auto", RULES, "*")).first()
+    assert (row.payload, row.reason) == ("{\ufffd}", "not_json")
 
 
 @settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
@@ -243,7 +244,7 @@ def test_broken_utf8_is_kept_readable(spark):
     )
 )
 def test_no_payload_breaks_the_job_and_each_gets_a_verdict(spark, lines):
-    rows = E.parse(E.raw_rows(payloads(spark, lines)), COLUMNS, "auto", RULES, "*").drop("event_time", "arrival_time")
+    rows = E.raw_rows(E.parse(payloads(spark, lines), COLUMNS, "auto", RULES, "*")).drop("event_time", "arrival_time")
     found = rows.collect()
     assert len(found) == len(lines)
     for row in found:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import world
 from nightstream import catalogue, layers, registry, serving, sources
-from nightstream.ledger import check
+from nightstream.ledger import check, parsed, record
 from nightstream.storage import Storage
 from nightstream.tables import BY_NAME, EVENTS, ITEMS, RECOMMENDATIONS, REFRESHES, USER_VECTORS
 from pyspark.sql import functions as F
@@ -53,7 +53,7 @@ def layers_source(path):
 
 def feed(layer, payloads, number) -> None:
     """One micro-batch, merged before the test looks at it."""
-    layer(payloads, number)
+    layer(parsed(payloads, layer.settings), number)
     layer.settle()
 
 
@@ -100,9 +100,7 @@ def one_batch(spark, night, tmp_path):
     if _ONE_BATCH:
         return _ONE_BATCH[0]
     storage, settings = night("batch")
-    from nightstream.ledger import record
-
-    record(storage, payloads(spark, tmp_path, live_events(), "all"), settings).release()
+    record(storage, parsed(payloads(spark, tmp_path, live_events(), "all"), settings), settings).release()
     version = registry.published(storage).model_version
     layers.apply_all(storage, settings, catalogue.load_payload(storage, version), "another night", 0, NOW)
     _ONE_BATCH.append(state_of(storage))

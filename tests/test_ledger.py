@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from nightstream import ledger
 from nightstream.errors import TableError
-from nightstream.ledger import Counts, check, record
+from nightstream.ledger import Counts, check
 from nightstream.settings import load
 from nightstream.storage import Storage
 from nightstream.tables import DUPLICATES, EVENTS, QUARANTINE, RAW_EVENTS
@@ -29,6 +29,13 @@ def retraction(event_id, of, user="u") -> str:
 def payloads(spark, lines, position="f"):
     rows = [(x, "test", position, ARRIVAL) for x in lines]
     return spark.createDataFrame(rows, "payload string, source string, position string, arrival_time timestamp")
+
+
+def record(storage, rows, settings, transaction=None):
+    """As the callers do; all writes done."""
+    recorded = ledger.record(storage, ledger.parsed(rows, settings), settings, transaction)
+    recorded.written()
+    return recorded
 
 
 def contents(storage) -> dict[str, list[str]]:

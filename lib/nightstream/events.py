@@ -31,37 +31,37 @@ _LAST_MICROSECOND = 253_402_300_799_999_999  # the end of the year 9999
 
 
 def raw_rows(payloads: DataFrame) -> DataFrame:
-    """RAW_EVENTS rows, one per payload row (payload, source, position, arrival_time).
+    """The payload rows (payload, source, position, arrival_time, and any other columns) with their raw_id.
 
     Identical payloads at one position are numbered, so that position, and with it raw_id (32 hex digits of
-    sha256 over source and position), is unique and the same whenever the position is read again. Bytes that are not
-    UTF-8 become U+FFFD, because readers of the table would fail on them.
+    sha256 over source and position), is unique and the same whenever the position is read again.
     """
     digest = F.substring(F.sha2("payload", 256), 1, 16)
     same = Window.partitionBy("source", "position", "_digest").orderBy("arrival_time")
-    rows = payloads.withColumn("payload", F.coalesce(F.make_valid_utf8("payload"), F.lit("")))
-    rows = rows.withColumn("_digest", digest).withColumn("_ordinal", F.row_number().over(same))
+    rows = payloads.withColumn("_digest", digest).withColumn("_ordinal", F.row_number().over(same))
     rows = rows.withColumn("position", F.concat("position", F.lit("#"), "_digest", F.lit("-"), "_ordinal"))
     raw_id = F.substring(F.sha2(F.concat_ws(_SEPARATOR, "source", "position"), 256), 1, 32)
-    return rows.withColumn("raw_id", raw_id).select(*RAW_EVENTS.schema.names)
+    return rows.select(raw_id.alias("raw_id"), *payloads.columns)
 
 
 def parse(
-    raw: DataFrame, columns: Mapping[str, str], time_unit: str, rules: EventSettings, reserved_user: str
+    payloads: DataFrame, columns: Mapping[str, str], time_unit: str, rules: EventSettings, reserved_user: str
 ) -> DataFrame:
-    """One row per raw row: the RAW_EVENTS and EVENTS columns, and reason and field, both null for a valid event.
+    """One row per payload row (payload, arrival_time, and any other columns, which stay): the columns of EVENTS that
+    the payload tells, and reason and field, both null for a valid event.
 
+    Row by row, so that a streaming query does it before its micro-batches are cut. Bytes of the payload that are not
+    UTF-8 become U+FFFD, because readers of the tables would fail on them.
     columns: our column → key of the payload's JSON object (top level). time_unit: auto, seconds, milliseconds,
     microseconds or iso. A retraction may leave out item_id. Of a key given twice the last value counts.
     A derived event_id leads with crc32("user_id/item_id"), so that order by (event_time, event_id) breaks ties by it.
     Never fails on a payload: whatever cannot be read gets a reason.
     """
-    text, is_event = _texts(raw, columns)
+    payloads = payloads.withColumn("payload", F.coalesce(F.make_valid_utf8("payload"), F.lit("")))
+    text, is_event = _texts(payloads, columns)
+    told = [n for n in EVENTS.schema.names if n not in RAW_EVENTS.schema.names]
     return _checked(text, is_event, columns, time_unit, rules, reserved_user).select(
-        *RAW_EVENTS.schema.names,
-        *(n for n in EVENTS.schema.names if n not in RAW_EVENTS.schema.names),
-        "reason",
-        "field",
+        *payloads.columns, *told, "reason", "field"
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -16,7 +15,9 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from nightstream import catalogue, registry, serving
+from nightstream.cutting import cut
 from nightstream.events import live
+from nightstream.following import Follower
 from nightstream.ledger import Recorded, record
 from nightstream.payload import Payload
 from nightstream.refresh import refresh
@@ -65,12 +66,11 @@ def everyone(storage: Storage, settings: Settings) -> DataFrame:
 def apply_all(storage: Storage, settings: Settings, payload: Payload, writer: str, batch_id: int, now: datetime) -> int:
     """Refresh every known user over the whole history under one model and merge; returns the number of users."""
     events = live(storage.read(EVENTS), settings.events.retraction_type)
-    refreshed = call_refresh(storage, settings, payload, everyone(storage, settings), events, chunks=8)
-    refreshed = refreshed.localCheckpoint()
+    refreshed = serving.settled(call_refresh(storage, settings, payload, everyone(storage, settings), events, chunks=8))
     rows = serving.commit(storage, refreshed, writer, batch_id, now)
     width = serving.list_width(storage, settings.serving.top_k)
     serving.merge(storage, rows, width, settings.serving.merge_attempts)
-    return refreshed.count()
+    return refreshed.totals["users"] or 0
 
 
 @dataclass(frozen=True)
@@ -108,46 +108,41 @@ class SpeedLayer:
         self._writer_of, self.writer = writer, ""
         self.clock, self.on_batch = clock, on_batch
         self.payload = self._load()
-        self.width = serving.list_width(storage, settings.serving.top_k)
+        self.follower = Follower(storage, settings.serving.top_k, settings.serving.merge_attempts)
+        self._some_behind = True
         self._looked_at = time.monotonic()
-        self._pool = ThreadPoolExecutor(1, "merge")
-        self._merging: Future[None] | None = None
 
-    def __call__(self, payloads: DataFrame, batch_id: int) -> None:
-        """Record the payloads, refresh their users, commit; the MERGEs follow behind, while the next batch is recorded.
+    def __call__(self, arrived: DataFrame, batch_id: int) -> None:
+        """Record the rows (see ledger.parsed), refresh their users, commit; the MERGEs follow behind.
 
-        Repeating a batch changes nothing. Raises what the MERGEs of the batch before have met.
+        Repeating a batch changes nothing. Raises what the MERGEs of earlier batches have met.
         """
         begun = time.monotonic()
         storage = self.storage
         first = not self.writer
         if first:
             self.writer = self._writer_of()
-            serving.merge_tail(storage, self.width, self.settings.serving.merge_attempts)
+            serving.merge_tail(storage, self.follower.width, self.settings.serving.merge_attempts)
         self._look_for_news()
-        recorded = record(storage, payloads, self.settings, (self.writer, batch_id))
+        recorded = record(storage, arrived, self.settings, (self.writer, batch_id))
         try:
             if first and serving.is_committed(storage, self.writer, batch_id):
                 return
-            # The states must be those of the batch before.
-            self.settle()
-            # Not persist: a MERGE refuses a source that is in the query cache.
-            refreshed = self._refresh(recorded).localCheckpoint()
-            users = refreshed.count()
-            now = self.clock()
-            rows = serving.commit(storage, refreshed, self.writer, batch_id, now)
+            refreshed = serving.settled(self._refresh(recorded))
         finally:
+            # Whatever happens, no write may run on: this batch may come again.
+            recorded.written()
             recorded.release()
-        self._merging = self._pool.submit(
-            serving.merge, storage, rows, self.width, self.settings.serving.merge_attempts
-        )
+        now = self.clock()
+        rows = serving.commit(storage, refreshed, self.writer, batch_id, now)
+        self.follower.add(rows)
         self.on_batch(
             BatchReport(
                 batch_id,
                 recorded.counts.events,
                 recorded.counts.quarantine,
                 recorded.counts.duplicates,
-                users,
+                refreshed.totals["users"] or 0,
                 time.monotonic() - begun,
                 None if recorded.first_arrival is None else (now - recorded.first_arrival).total_seconds(),
                 self.payload.model_version,
@@ -156,29 +151,44 @@ class SpeedLayer:
 
     def settle(self) -> None:
         """Wait until all that is committed is merged. Raises what the MERGEs have met; the next start merges then."""
-        merging, self._merging = self._merging, None
-        if merging is not None:
-            merging.result()
+        self.follower.settle()
 
     def _refresh(self, recorded: Recorded) -> DataFrame:
         """Refresh the users of the micro-batch, and some of those that are still under an older model."""
         storage, settings = self.storage, self.settings
         history = live(storage.read(EVENTS), settings.events.retraction_type)
         events = recorded.accepted if recorded.accepted is not None else history.limit(0)
+        pending = self.follower.pending()
         table = storage.read(USER_VECTORS)
-        behind = table.where(F.col("model_version") != self.payload.model_version).limit(settings.stream.handover_slice)
-        touched = events.select("user_id").unionByName(behind.select("user_id"))
+        touched = events.select("user_id")
+        behind = self._behind(table, pending)
+        if behind is not None:
+            touched = touched.unionByName(behind)
         refold = recorded.refold_users
         if refold is not None:
+            recorded.written()
             refold = F.broadcast(refold)
             again = history.join(refold, "user_id", "left_semi")
             events = events.join(refold, "user_id", "left_anti").unionByName(again)
             touched = touched.unionByName(refold)
-        states = table.join(F.broadcast(touched.distinct()), "user_id", "left_semi").select(*STATE_COLUMNS)
+        touched = F.broadcast(touched.distinct())
+        states = [f.select(*STATE_COLUMNS).join(touched, "user_id", "left_semi") for f in (table, *pending)]
+        known = serving.newest(states) if pending else states[0]
         if refold is not None:
-            kept = states.join(refold, "user_id", "left_anti")
-            states = kept.unionByName(unfolded(states.join(refold, "user_id", "left_semi")))
-        return call_refresh(storage, settings, self.payload, states, events)
+            kept = known.join(refold, "user_id", "left_anti")
+            known = kept.unionByName(unfolded(known.join(refold, "user_id", "left_semi")))
+        return call_refresh(storage, settings, self.payload, known, events)
+
+    def _behind(self, table: DataFrame, pending: list[DataFrame]) -> DataFrame | None:
+        """Some user_id whose newest row is under another model than the one that serves; None when nobody's is."""
+        if not self._some_behind:
+            return None
+        columns = ("user_id", "revision", "model_version")
+        known = serving.newest([f.select(*columns) for f in (table, *pending)]) if pending else table
+        found = known.where(F.col("model_version") != self.payload.model_version).select("user_id")
+        some = cut(found.limit(self.settings.stream.handover_slice), {"users": F.count("user_id")})
+        self._some_behind = bool(some.totals["users"])
+        return some.rows if self._some_behind else None
 
     def _load(self) -> Payload:
         row = registry.published(self.storage)
@@ -197,6 +207,7 @@ class SpeedLayer:
             self.payload.model_version,
             self.payload.catalogue_version,
         ):
+            self._some_behind |= newest.model_version != self.payload.model_version
             log.info("new snapshot", extra={"model": newest.model_version, "catalogue": newest.catalogue_version})
             self.payload = newest
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
-from pyspark.errors import PySparkException
-from pyspark.sql import Column, DataFrame, Row
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from nightstream import events as E
+from nightstream.cutting import LOCAL_ROWS, Cut, cut
 from nightstream.errors import TableError
 from nightstream.settings import Settings
 from nightstream.storage import Storage, with_retries
@@ -61,48 +61,51 @@ class Recorded:
     accepted: DataFrame | None = None
     refold_users: DataFrame | None = None
     first_arrival: datetime | None = None
-    _cached: list[DataFrame] = field(default_factory=list, repr=False)
+    _cuts: list[Cut] = field(default_factory=list, repr=False)
+    _writes: Future[None] | None = field(default=None, repr=False)
+
+    def written(self) -> None:
+        """Wait until all is in the tables. Raises what the writes have met."""
+        if self._writes is not None:
+            self._writes.result()
 
     def release(self) -> None:
         """Free the cached rows; the frames stay usable and are computed again."""
-        for frame in self._cached:
-            _release(frame)
+        for each in self._cuts:
+            each.release()
+
+
+def parsed(payloads: DataFrame, settings: Settings) -> DataFrame:
+    """Payload rows with what `events.parse` reads in them under these settings."""
+    source = settings.sources.events
+    return E.parse(payloads, source.columns, source.time_unit, settings.events, settings.serving.default_user)
 
 
 def record(
-    storage: Storage, payloads: DataFrame, settings: Settings, transaction: Transaction | None = None
+    storage: Storage, arrived: DataFrame, settings: Settings, transaction: Transaction | None = None
 ) -> Recorded:
-    """Book the payload rows (payload, source, position, arrival_time) into the four tables.
+    """Book the rows of `parsed` (payload, source, position, arrival_time, and what was read) into the four tables.
 
     Repeating a call with the same rows adds nothing, with and without a transaction, and completes what a crash left
     half-done. transaction: (application, sequence number) of a micro-batch; the application must change with the
     checkpoint, and a number must always mean the same rows, because Delta skips an append whose number it has seen.
-    Without one (batch ingest), raw_events is written last, and its rows tell what was booked completely.
+    With one, the appends may still run when this returns: `Recorded.written` waits for them. Without one (batch
+    ingest), raw_events is written last, and its rows tell what was booked completely.
     Raises TableError when `events` holds an event_id more than once.
     """
     storage.create(*TABLES)
-    source = settings.sources.events
-    raw = E.raw_rows(payloads)
-    parsed = E.parse(raw, source.columns, source.time_unit, settings.events, settings.serving.default_user)
-    # Of a micro-batch, planning costs more than computing: a checkpoint spares all that follows the long plan.
-    parsed = _keep(parsed) if transaction is None else _cut(parsed)
-    size = parsed.agg(
-        F.count("*").alias("raw"),
-        F.count("reason").alias("quarantine"),
-        F.count_if(F.col("event_type") == settings.events.retraction_type).alias("retractions"),
-        F.min(F.unix_micros("arrival_time")).alias("first"),
-        F.max(F.unix_micros("arrival_time")).alias("last"),
-    ).first()
-    assert size is not None
-    if not size.raw:
-        _release(parsed)
+    totals = {
+        "raw": F.count(F.lit(1)),
+        "quarantine": F.count("reason"),
+        "retractions": F.count_if(F.col("event_type") == settings.events.retraction_type),
+        "first": F.min(F.unix_micros("arrival_time")),
+        "last": F.max(F.unix_micros("arrival_time")),
+    }
+    arriving = cut(E.raw_rows(arrived), totals)
+    if not arriving.totals["raw"]:
+        arriving.release()
         return Recorded(Counts(), {t.name: 0 for t in TABLES})
-    # The rows that a micro-batch wrote before have its arrival times: Delta then skips most files of the large tables.
-    span = None
-    if transaction is not None and size["first"] is not None:
-        first, last = (F.timestamp_micros(F.lit(size[n])) for n in ("first", "last"))
-        span = F.col("arrival_time").isNull() | F.col("arrival_time").between(first, last)
-    return _Booking(storage, settings, transaction, parsed, size, span).run()
+    return _Booking(storage, settings, transaction, arriving).run()
 
 
 def check(storage: Storage) -> dict[str, int]:
@@ -125,57 +128,56 @@ def check(storage: Storage) -> dict[str, int]:
 class _Booking:
     """One call of `record`, step by step."""
 
-    def __init__(
-        self,
-        storage: Storage,
-        settings: Settings,
-        transaction: Transaction | None,
-        parsed: DataFrame,
-        size: Row,
-        span: Column | None,
-    ) -> None:
+    def __init__(self, storage: Storage, settings: Settings, transaction: Transaction | None, arrived: Cut) -> None:
         self.storage, self.settings, self.transaction = storage, settings, transaction
-        self.parsed, self.span = parsed, span
-        self.raw, self.quarantine, self.retractions = size.raw, size.quarantine, size.retractions
+        self.cuts, self.parsed, totals = [arrived], arrived.rows, arrived.totals
+        self.raw, self.quarantine, self.retractions = (totals[n] for n in ("raw", "quarantine", "retractions"))
         self.valid = self.raw - self.quarantine
-        self.first_arrival = None if size["first"] is None else _EPOCH + timedelta(microseconds=size["first"])
+        first, last = totals["first"], totals["last"]
+        self.first_arrival = None if first is None else _EPOCH + timedelta(microseconds=first)
+        # What a micro-batch wrote before has its rows' arrival times: Delta then skips most files of large tables.
+        self.span: Column | None = None
+        if transaction is not None and first is not None:
+            between = F.col("arrival_time").between(*(F.timestamp_micros(F.lit(t)) for t in (first, last)))
+            self.span = F.col("arrival_time").isNull() | between
         self.retraction_type = settings.events.retraction_type
         self.small = self.raw <= _BROADCAST_ROWS
 
     def run(self) -> Recorded:
-        cached = [self.parsed]
         if not self.valid:
-            added = self._write(None, {})
+            added, writes = self._write(None, {})
             self._log(added)
             counts = Counts(self.raw, 0, self.quarantine, 0)
-            return Recorded(counts, added, first_arrival=self.first_arrival, _cached=cached)
-        resolved = self._resolved()
-        found = self._outcomes(resolved)
-        added = self._write(resolved, found)
+            return Recorded(counts, added, None, None, self.first_arrival, self.cuts, writes)
+        resolved, found = self._resolved()
+        added, writes = self._write(resolved, found)
         self._log(added)
         counts = Counts(self.raw, self.valid - found[E.DUPLICATE], self.quarantine, found[E.DUPLICATE])
         current = resolved.where(F.col("raw_id") == F.col("kept_raw_id"))
-        refold = self._refold_users(resolved, current, found)
-        cached += [] if refold is None else [refold]
+        refold = self._refold_users(resolved, current, found, writes)
         accepted = current.where(~F.col("dead") & (F.col("event_type") != self.retraction_type))
-        return Recorded(
-            counts,
-            added,
-            accepted.select(*EVENTS.schema.names),
-            refold,
-            self.first_arrival,
-            cached,
-        )
+        accepted = accepted.select(*EVENTS.schema.names)
+        return Recorded(counts, added, accepted, refold, self.first_arrival, self.cuts, writes)
 
-    def _resolved(self) -> DataFrame:
-        """The valid rows with their outcome, which the writes that follow must not change."""
-        if not self.small:
-            return self._resolve(self.storage.read(EVENTS, self._version(EVENTS)))
-        try:
-            return self._resolve(self.storage.read(EVENTS)).localCheckpoint()
-        except PySparkException:
-            # Serverless clusters have no checkpoint: a fixed version means the same rows whenever they are computed.
-            return self._resolve(self.storage.read(EVENTS, self._version(EVENTS)))
+    def _resolved(self) -> tuple[DataFrame, dict[str, int]]:
+        """The valid rows with their outcome, and how often each outcome occurs.
+
+        Of `events` at one version: what is computed again later must not see what was written in between.
+        """
+        names = (E.NEW, E.SUPERSEDING, E.STORED, E.DUPLICATE)
+        totals = {n: F.count_if(F.col("outcome") == n) for n in names}
+        retraction = (F.col("event_type") == self.retraction_type) & (F.col("raw_id") == F.col("kept_raw_id"))
+        totals |= {"retractions": F.count_if(retraction), "damaged": F.count_if(F.col("copies") > 1)}
+        version = None if self.raw <= LOCAL_ROWS else self._version(EVENTS)
+        resolved = cut(self._resolve(self.storage.read(EVENTS, version)), totals)
+        self.cuts.append(resolved)
+        found: dict[str, Any] = resolved.totals
+        if found["damaged"] or sum(found[n] for n in names) != self.valid:
+            raise TableError(
+                "table events holds an event_id more than once, written by two processes at a time; "
+                "keep the newest row of each event_id and move the others to duplicates"
+            )
+        return resolved.rows, found
 
     def _resolve(self, before: DataFrame) -> DataFrame:
         valid = self.parsed.where(F.col("reason").isNull())
@@ -183,23 +185,8 @@ class _Booking:
         tombstones = self._hint(E.tombstones(valid, self.retraction_type)) if self.retractions else None
         return E.settle(valid, self._hint(known), tombstones)
 
-    def _outcomes(self, resolved: DataFrame) -> dict[str, int]:
-        names = (E.NEW, E.SUPERSEDING, E.STORED, E.DUPLICATE)
-        totals = [F.count_if(F.col("outcome") == n).alias(n) for n in names]
-        retraction = (F.col("event_type") == self.retraction_type) & (F.col("raw_id") == F.col("kept_raw_id"))
-        totals += [F.count_if(retraction).alias("retractions"), F.count_if(F.col("copies") > 1).alias("damaged")]
-        row = resolved.agg(*totals).first()
-        assert row is not None
-        found = row.asDict()
-        if found["damaged"] or sum(found[n] for n in names) != self.valid:
-            raise TableError(
-                "table events holds an event_id more than once, written by two processes at a time; "
-                "keep the newest row of each event_id and move the others to duplicates"
-            )
-        return found
-
-    def _write(self, resolved: DataFrame | None, found: dict[str, int]) -> dict[str, int]:
-        """Write what is not there yet; returns the rows added to each table."""
+    def _write(self, resolved: DataFrame | None, found: dict[str, int]) -> tuple[dict[str, int], Future[None] | None]:
+        """Write what is not there yet; returns the rows added to each table, and the writes that still run."""
         added = {t.name: 0 for t in TABLES}
         tasks: list[Callable[[], None]] = []
         seen_before = found.get(E.STORED, 0) > 0
@@ -221,13 +208,15 @@ class _Booking:
         if seen_before or self.transaction is None:
             fresh, added["raw_events"] = self._unknown(RAW_EVENTS, self.parsed, self.raw)
         raw = self._append(RAW_EVENTS, fresh, added)
+        if self.transaction is not None and not superseding:
+            return added, _behind([*tasks, *raw])
         _together(tasks if self.transaction is None else [*tasks, *raw])
         if resolved is not None and superseding:
             # After duplicates: from events alone a replay could no longer tell what was replaced.
             self._merge(resolved)
         if self.transaction is None:
             _together(raw)
-        return added
+        return added, None
 
     def _unknown(self, spec: TableSpec, rows: DataFrame, count: int) -> tuple[DataFrame, int]:
         """The rows whose raw_id the table does not have yet, and how many they are; `count` is how many are given."""
@@ -246,7 +235,8 @@ class _Booking:
         return [lambda: self.storage.append(spec, few, self.transaction)]
 
     def _merge(self, resolved: DataFrame) -> None:
-        rows = _cut(resolved.where(F.col("outcome") == E.SUPERSEDING).select(*EVENTS.schema.names))
+        superseding = resolved.where(F.col("outcome") == E.SUPERSEDING).select(*EVENTS.schema.names)
+        rows = cut(superseding, {}, cached=False).rows
         newer = "struct(new.event_time, new.content_hash) > struct(old.event_time, old.content_hash)"
 
         def run() -> None:
@@ -255,7 +245,9 @@ class _Booking:
 
         with_retries(run, self.settings.serving.merge_attempts, "events")
 
-    def _refold_users(self, resolved: DataFrame, current: DataFrame, found: dict[str, int]) -> DataFrame | None:
+    def _refold_users(
+        self, resolved: DataFrame, current: DataFrame, found: dict[str, int], writes: Future[None] | None
+    ) -> DataFrame | None:
         """Users of superseded and superseding events, and owners of retracted events.
 
         A replay finds the superseding event already in `events`; what it replaced is then known through duplicates.
@@ -272,20 +264,23 @@ class _Booking:
             retracted.append(current.where(F.col("event_type") == self.retraction_type).select("retracts"))
         if retracted:
             targets = _all(retracted).select(F.col("retracts").alias("event_id")).distinct()
+            if writes is not None:
+                # A retraction and its event may come together.
+                writes.result()
             users.append(
                 self.storage.read(EVENTS).join(F.broadcast(targets), "event_id", "left_semi").select("user_id")
             )
         if not users:
             return None
-        refold = _keep(_all(users).distinct().coalesce(1) if self.small else _all(users).distinct())
-        return None if refold.isEmpty() else refold
+        refold = cut(_all(users).distinct(), {"users": F.count("user_id")})
+        self.cuts.append(refold)
+        return refold.rows if refold.totals["users"] else None
 
     def _replaced_before(self, current: DataFrame) -> list[DataFrame]:
         stored = current.where(F.col("outcome") == E.STORED).select(F.col("raw_id").alias("kept_raw_id"))
         copies = self.storage.read(DUPLICATES).join(self._hint(stored), "kept_raw_id", "left_semi")
         raw = self.storage.read(RAW_EVENTS).join(F.broadcast(copies.select("raw_id")), "raw_id", "left_semi")
-        source, settings = self.settings.sources.events, self.settings
-        old = E.parse(raw, source.columns, source.time_unit, settings.events, settings.serving.default_user)
+        old = parsed(raw, self.settings)
         old = old.where(F.col("reason").isNull()).select(*EVENTS.schema.names)
         return [] if old.isEmpty() else [old, current.select(*EVENTS.schema.names)]
 
@@ -317,25 +312,12 @@ def _all(frames: list[DataFrame]) -> DataFrame:
     return first
 
 
-def _keep(rows: DataFrame) -> DataFrame:
-    """Cached where that can be had: serverless clusters have no cache, and only compute more often."""
+def _behind(tasks: list[Callable[[], None]]) -> Future[None]:
+    pool = ThreadPoolExecutor(1)
     try:
-        return rows.persist()
-    except PySparkException:
-        return rows
-
-
-def _release(rows: DataFrame) -> None:
-    with suppress(PySparkException):
-        rows.unpersist()
-
-
-def _cut(rows: DataFrame) -> DataFrame:
-    """Few rows, computed now: Delta's MERGE refuses a source that was cached, and without a cache it needs no help."""
-    try:
-        return rows.localCheckpoint()
-    except PySparkException:
-        return rows
+        return pool.submit(_together, tasks)
+    finally:
+        pool.shutdown(wait=False)
 
 
 def _together(tasks: list[Callable[[], None]]) -> None:

@@ -6,37 +6,47 @@ higher revision wins, so a MERGE that is repeated, or done after a crash, change
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
+from nightstream.cutting import Cut, cut
 from nightstream.storage import Storage, with_retries
 from nightstream.tables import LIST_ENTRY, RECOMMENDATIONS, REFRESHES, SEEN_OVERFLOW, USER_VECTORS
 
 CLOCK_SKEW = timedelta(hours=1)
+# A refreshed user with a full window and 2,000 seen items takes some 100 kB, so at most 400 MB on the driver.
+LOCAL_USERS = 4_000
+
+
+def settled(refreshed: DataFrame) -> Cut:
+    """REFRESHED rows, computed now; totals: users, and overflowing: how many of them have overflowing seen entries."""
+    totals = {"users": F.count("user_id"), "overflowing": F.count_if(F.size("overflow") > 0)}
+    return cut(refreshed, totals, LOCAL_USERS, cached=False)
 
 
 def commit(
     storage: Storage,
-    refreshed: DataFrame,
+    refreshed: Cut,
     writer: str,
     batch_id: int,
     refreshed_at: datetime,
 ) -> DataFrame:
     """Append one row per refreshed user to `refreshes`, once per (writer, batch_id). Returns the rows as committed.
 
-    `refreshed` is read several times, so pass it checkpointed. Overflowing seen entries go to their side table first:
-    were the order the other way round, a crash between the two would lose them.
+    refreshed: rows of the refresh, cut off by `settled`. Overflowing seen entries go to their side table first: were
+    the order the other way round, a crash between the two would lose them.
     """
-    surplus = refreshed.where(F.size("overflow") > 0)
-    if not surplus.isEmpty():
+    if refreshed.totals["overflowing"]:
+        surplus = refreshed.rows.where(F.size("overflow") > 0)
         entries = surplus.select("user_id", F.explode("overflow").alias("o"))
         storage.append(
             SEEN_OVERFLOW, entries.select("user_id", "o.item_id", "o.event_time"), (f"{writer}-seen", batch_id)
         )
-    rows = refreshed.withColumns(
+    rows = refreshed.rows.withColumns(
         {"refreshed_at": F.lit(refreshed_at), "writer": F.lit(writer), "batch_id": F.lit(batch_id).cast("long")}
     ).select(*REFRESHES.schema.names)
     storage.append(REFRESHES, rows, (writer, batch_id))
@@ -77,9 +87,16 @@ def merge_tail(storage: Storage, width: int, attempts: int) -> None:
     times = [row[0] for row in reached if row is not None and row[0] is not None]
     if len(times) == 2:
         refreshes = refreshes.where(F.col("refreshed_at") >= F.lit(min(times) - CLOCK_SKEW))
-    newest = Window.partitionBy("user_id").orderBy(F.desc("revision"))
-    tail = refreshes.withColumn("place", F.row_number().over(newest)).where("place = 1").drop("place")
-    merge(storage, tail, width, attempts)
+    merge(storage, newest([refreshes]), width, attempts)
+
+
+def newest(frames: Sequence[DataFrame]) -> DataFrame:
+    """Rows with user_id and revision -> the row of the highest revision of each user, over all frames."""
+    first, *rest = frames
+    for frame in rest:
+        first = first.unionByName(frame)
+    order = Window.partitionBy("user_id").orderBy(F.desc("revision"))
+    return first.withColumn("_place", F.row_number().over(order)).where("_place = 1").drop("_place")
 
 
 def list_width(storage: Storage, top_k: int) -> int:

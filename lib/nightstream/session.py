@@ -85,6 +85,8 @@ def _own(settings: SparkSettings, master: str) -> dict[str, str]:
         "spark.driver.memory": settings.driver_memory,
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
+        # A micro-batch goes through more than the 100 compiled classes that Spark keeps, so it would compile all anew.
+        "spark.sql.codegen.cache.maxEntries": "10000",
     }
     if master.startswith("local"):
         configuration |= {"spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1"}

@@ -84,8 +84,8 @@ def clean_events(spark: SparkSession, settings: Settings) -> DataFrame:
     has. Raises SourceError for a source without a valid event.
     """
     source, rules = settings.sources.events, settings.events
-    raw = raw_rows(sources.read_events(spark, source))
-    parsed = parse(raw, source.columns, source.time_unit, rules, settings.serving.default_user)
+    payloads = sources.read_events(spark, source)
+    parsed = raw_rows(parse(payloads, source.columns, source.time_unit, rules, settings.serving.default_user))
     nothing = spark.createDataFrame([], EVENTS.schema)
     distinct = resolve(parsed.where(F.col("reason").isNull()), nothing).where(F.col("outcome") == NEW)
     tie = F.lpad(F.crc32(F.concat("user_id", F.lit("/"), "item_id")).cast("string"), 10, "0")

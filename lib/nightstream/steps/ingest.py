@@ -25,7 +25,7 @@ def run(spark: SparkSession, settings: Settings) -> dict[str, Any]:
     """
     storage = Storage(spark, settings.storage)
     rules = settings.events
-    payloads = sources.read_events(spark, settings.sources.events)
+    arrived = ledger.parsed(sources.read_events(spark, settings.sources.events), settings)
     items = users = None
     if settings.sources.items is not None:
         items = attributes.items(spark, settings.sources.items, rules.max_id_length)
@@ -43,7 +43,7 @@ def run(spark: SparkSession, settings: Settings) -> dict[str, Any]:
             "rows": storage.read(spec).count(),
             "left_out": {} if found is None else found.left_out,
         }
-    recorded = ledger.record(storage, payloads, settings)
+    recorded = ledger.record(storage, arrived, settings)
     recorded.release()
     return {"events": ledger.check(storage), "added": recorded.added, **described}
 

@@ -15,6 +15,7 @@ from nightstream import sources
 from nightstream.errors import NightstreamError, TableError, WriterBusyError
 from nightstream.layers import BatchReport, SpeedLayer, utc_now
 from nightstream.lease import Lease
+from nightstream.ledger import parsed
 from nightstream.settings import Settings
 from nightstream.storage import Storage
 from nightstream.tables import METRICS
@@ -60,15 +61,15 @@ def run(
     # repeated at the next start.
     running, stopped = threading.Lock(), threading.Event()
 
-    def micro_batch(payloads: DataFrame, batch_id: int) -> None:
+    def micro_batch(arrived: DataFrame, batch_id: int) -> None:
         with running:
             if stopped.is_set():
                 raise InterruptedError("the query is being stopped")
             lease.check()
-            layer(payloads, batch_id)
+            layer(arrived, batch_id)
 
-    payloads = sources.stream_events(spark, settings.stream)
-    writer = payloads.writeStream.foreachBatch(micro_batch).option("checkpointLocation", checkpoint)
+    arrived = parsed(sources.stream_events(spark, settings.stream), settings)
+    writer = arrived.writeStream.foreachBatch(micro_batch).option("checkpointLocation", checkpoint)
     if until_idle:
         writer = writer.trigger(availableNow=True)
     elif settings.stream.trigger_seconds > 0:

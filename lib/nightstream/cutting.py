@@ -1,0 +1,54 @@
+"""Cutting frames off from their plans: computed once, the same however often they are read.
+
+In a micro-batch, planning and starting jobs costs more than computing. Rows that came to the driver are part of the
+plan itself: to filter or to broadcast them takes no job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from pyspark.errors import PySparkException
+from pyspark.sql import Column, DataFrame, Observation
+from pyspark.sql import functions as F
+
+LOCAL_ROWS = 20_000
+
+
+@dataclass(frozen=True)
+class Cut:
+    """rows: the frame, cut off. totals: the totals asked for, by name; None where there is no row."""
+
+    rows: DataFrame
+    totals: dict[str, Any]
+
+    def release(self) -> None:
+        """Free what is cached; the frame stays usable and is computed again."""
+        with suppress(PySparkException):
+            self.rows.unpersist()
+
+
+def cut(rows: DataFrame, totals: Mapping[str, Column], limit: int = LOCAL_ROWS, cached: bool = True) -> Cut:
+    """Compute rows and totals (aggregates over them) now.
+
+    Up to `limit` rows come to the driver: choose it by their width. More stay on the executors, cached, or, with
+    cached=False, checkpointed there: Delta's MERGE refuses a source that is in the cache. Serverless clusters have
+    neither; there, more rows are computed again whenever they are read, so they must come from what does not change.
+    """
+    columns = [column.alias(name) for name, column in totals.items()]
+    seen = Observation()
+    table = rows.limit(limit + 1).observe(seen, F.count(F.lit(1)).alias("_rows"), *columns).toArrow()
+    if table.num_rows <= limit:
+        found = seen.get if table.num_rows else {}
+        local = rows.sparkSession.createDataFrame(table, rows.schema)
+        return Cut(local, {name: found.get(name) for name in totals})
+    try:
+        kept = rows.persist() if cached else rows.localCheckpoint()
+    except PySparkException:
+        kept = rows
+    row = kept.agg(*columns, F.count(F.lit(1)).alias("_rows")).first()
+    assert row is not None
+    return Cut(kept, {name: row[name] for name in totals})

@@ -1,0 +1,78 @@
+"""The MERGEs that follow the commits of a stream, in the background."""
+
+from __future__ import annotations
+
+import threading
+
+from pyspark.sql import DataFrame
+
+from nightstream import serving
+from nightstream.storage import Storage
+
+# So many micro-batches may be committed and not merged yet: they are held in memory, and each one makes the next
+# micro-batch's view of its users longer to compute.
+MOST_PENDING = 8
+
+
+class Follower:
+    """Merges committed rows into the serving tables while the next micro-batches are computed.
+
+    A MERGE costs seconds whatever its size, so all that was committed during one goes together into the next.
+    """
+
+    def __init__(self, storage: Storage, top_k: int, attempts: int) -> None:
+        self.storage, self.attempts = storage, attempts
+        self.width = serving.list_width(storage, top_k)
+        self._pending: list[DataFrame] = []
+        self._error: Exception | None = None
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def pending(self) -> list[DataFrame]:
+        """Rows of `refreshes` that the serving tables may lack, in the order of their commits.
+
+        Ask before reading those tables: then one of the two has each row.
+        """
+        with self._changed:
+            return list(self._pending)
+
+    def add(self, rows: DataFrame) -> None:
+        """Take over committed rows. Waits while too many are pending. Raises what the MERGEs have met."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._pending) < MOST_PENDING or self._error is not None)
+            self._raise()
+            self._pending.append(rows)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._follow, name="merge", daemon=True)
+                self._thread.start()
+
+    def settle(self) -> None:
+        """Wait until all is merged. Raises what the MERGEs have met; the next start of the stream merges then."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._thread is None)
+            self._raise()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            error, self._error = self._error, None
+            self._pending.clear()
+            raise error
+
+    def _follow(self) -> None:
+        while True:
+            with self._changed:
+                taken = list(self._pending) if self._error is None else []
+                if not taken:
+                    self._thread = None
+                    self._changed.notify_all()
+                    return
+            try:
+                rows = serving.newest(taken) if len(taken) > 1 else taken[0]
+                serving.merge(self.storage, rows, self.width, self.attempts)
+            except Exception as error:
+                with self._changed:
+                    self._error = error
+            else:
+                with self._changed:
+                    del self._pending[: len(taken)]
+                    self._changed.notify_all()
