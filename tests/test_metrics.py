@@ -48,3 +48,9 @@ def test_target_ranks_reads_places_and_knows_absent_targets_and_padding() -> Non
 def test_coverage_counts_distinct_items_and_no_padding() -> None:
     assert metrics.coverage(np.array([[1, 2], [2, 0]]), 8) == pytest.approx(0.25)
     assert metrics.coverage(np.zeros((0, 3), int), 0) == 0.0
+
+
+def test_percentile_against_sorting_by_hand():
+    assert metrics.percentile([], 50) == 0.0
+    assert metrics.percentile([3.0, 1.0, 2.0], 50) == 2.0
+    assert metrics.percentile(list(range(100)), 95) == 95

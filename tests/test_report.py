@@ -153,9 +153,3 @@ def test_figures_in_the_page_are_json(page):
     text = re.search(r"^const figures = (.*);$", page, re.MULTILINE)
     assert text is not None
     assert set(json.loads(text[1])) == {"training", "quality", "delays"}
-
-
-def test_percentile_against_sorting_by_hand():
-    assert report.percentile([], 50) == 0.0
-    assert report.percentile([3.0, 1.0, 2.0], 50) == 2.0
-    assert report.percentile(list(range(100)), 95) == 95

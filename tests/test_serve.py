@@ -19,7 +19,7 @@ from nightstream import lease
 from nightstream.errors import TableError, WriterBusyError
 from nightstream.ledger import check
 from nightstream.settings import validate
-from nightstream.steps import serve
+from nightstream.steps import apply, ingest, serve
 from nightstream.storage import Storage
 from nightstream.tables import RECOMMENDATIONS, REFRESHES, USER_VECTORS
 
@@ -74,14 +74,21 @@ def test_a_restart_goes_on_and_a_deleted_checkpoint_changes_nothing(spark, night
 
 
 def test_nobody_writes_beside_another(spark, night):
+    """A stream does not start while the night writes, and beside a stream the night leaves recording to it."""
     storage, settings = night("busy")
     document = settings.model_dump(mode="json")
     document["serving"]["lease_seconds"] = 5
-    with (
-        lease.Lease(storage, "nightly", "nightly", 30, 3, wait=False),
-        pytest.raises(WriterBusyError, match=r"being written by nightly \(nightly\)"),
-    ):
-        serve.run(spark, validate(document), until_idle=True)
+    quick = validate(document)
+    before = check(storage)
+    with lease.Lease(storage, "somebody", "stream", 60, 3, wait=False):
+        with pytest.raises(WriterBusyError, match=r"being written by stream \(somebody\)"):
+            serve.run(spark, quick, until_idle=True)
+        with pytest.raises(WriterBusyError, match=r"being written by stream \(somebody\)"):
+            ingest.run(spark, quick)
+        assert "stream (somebody)" in ingest.run(spark, quick, beside_stream=True)["left_to"]
+        assert apply.run(spark, quick, datetime(2024, 1, 2, tzinfo=UTC))["users"] == 0
+    assert check(storage) == before
+    assert ingest.run(spark, quick)["events"] == before
 
 
 def test_without_a_model_it_says_what_to_run(spark, settings):

@@ -16,6 +16,7 @@ from rich.live import Live
 from nightstream import progress
 from nightstream.errors import SourceError
 from nightstream.layers import BatchReport
+from nightstream.metrics import percentile
 from nightstream.settings import EventSource
 from nightstream.sources import recbole_name
 
@@ -122,5 +123,4 @@ class LiveLine:
 
     def percentile(self, share: float) -> float:
         """The delay in seconds that `share` percent of the micro-batches did not exceed; 0 before the first."""
-        ordered = sorted(self.delays)
-        return ordered[min(len(ordered) - 1, int(len(ordered) * share / 100))] if ordered else 0.0
+        return percentile(self.delays, share)

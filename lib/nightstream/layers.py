@@ -23,7 +23,7 @@ from nightstream.payload import Payload
 from nightstream.refresh import refresh
 from nightstream.settings import Settings
 from nightstream.storage import Storage
-from nightstream.tables import EVENTS, ITEMS, SEEN_OVERFLOW, USER_VECTORS, USERS
+from nightstream.tables import EVENTS, ITEMS, MODELS, SEEN_OVERFLOW, USER_VECTORS, USERS
 from nightstream.window import unfolded
 
 log = logging.getLogger(__name__)
@@ -110,6 +110,7 @@ class SpeedLayer:
         self.payload = self._load()
         self.follower = Follower(storage, settings.serving.top_k, settings.serving.merge_attempts)
         self._some_behind = True
+        self._seen_commits: tuple[int | None, int | None] | None = None
         self._looked_at = time.monotonic()
 
     def __call__(self, arrived: DataFrame, batch_id: int) -> None:
@@ -199,7 +200,11 @@ class SpeedLayer:
         if time.monotonic() - self._looked_at < self.settings.stream.snapshot_seconds:
             return
         self._looked_at = time.monotonic()
-        storage, version = self.storage, registry.published(self.storage).model_version
+        storage = self.storage
+        commits = (storage.version(MODELS), storage.version(ITEMS))
+        if commits == self._seen_commits:
+            return
+        version = registry.published(storage).model_version
         payload = self.payload if version == self.payload.model_version else catalogue.load_payload(storage, version)
         catalogue.embed_missing(storage, storage.read_or_empty(ITEMS), payload)
         newest = catalogue.load_payload(storage, version, payload.files)
@@ -210,6 +215,8 @@ class SpeedLayer:
             self._some_behind |= newest.model_version != self.payload.model_version
             log.info("new snapshot", extra={"model": newest.model_version, "catalogue": newest.catalogue_version})
             self.payload = newest
+        # What was committed while this ran is looked at next time.
+        self._seen_commits = commits
 
 
 def utc_now() -> datetime:

@@ -1,4 +1,4 @@
-"""One writer of the serving tables at a time: a lease in a Delta row, taken and renewed by MERGE.
+"""One writer at a time, of the serving tables and of what ingest records: a lease in a Delta row, renewed by MERGE.
 
 Delta's own conflict check makes taking it safe: of two processes that take a free lease at once, one MERGE fails.
 A process that dies keeps the lease for `serving.lease_seconds`, no longer; started again under the same holder name it
@@ -8,6 +8,8 @@ has it at once.
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -22,6 +24,11 @@ log = logging.getLogger(__name__)
 
 SERVING = "serving"
 POLL_SECONDS = 2.0
+
+
+def this_process() -> str:
+    """A holder that no other process is."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def take(storage: Storage, holder: str, kind: str, now: datetime, seconds: float, attempts: int) -> str | None:
@@ -65,10 +72,8 @@ class Lease:
         deadline = time.monotonic() + (self.seconds + POLL_SECONDS if self.wait else 0)
         while (other := self._take()) is not None:
             if time.monotonic() >= deadline:
-                raise WriterBusyError(
-                    f"the serving tables are being written by {other}; stop it, or wait until it ends"
-                )
-            log.info("waiting for the serving tables", extra={"holder": other})
+                raise WriterBusyError(f"the tables are being written by {other}; stop it, or wait until it ends")
+            log.info("waiting for the tables", extra={"holder": other})
             time.sleep(POLL_SECONDS)
         self._thread.start()
         return self
@@ -82,7 +87,7 @@ class Lease:
     def check(self) -> None:
         """Raise WriterBusyError if the lease ran out and another process took it: nothing more may be written."""
         if self.lost_to is not None:
-            raise WriterBusyError(f"the serving tables were taken over by {self.lost_to}; start this process again")
+            raise WriterBusyError(f"the tables were taken over by {self.lost_to}; start this process again")
 
     def _take(self) -> str | None:
         return take(self.storage, self.holder, self.kind, datetime.now(UTC), self.seconds, self.attempts)

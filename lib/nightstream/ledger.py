@@ -168,7 +168,7 @@ class _Booking:
         totals = {n: F.count_if(F.col("outcome") == n) for n in names}
         retraction = (F.col("event_type") == self.retraction_type) & (F.col("raw_id") == F.col("kept_raw_id"))
         totals |= {"retractions": F.count_if(retraction), "damaged": F.count_if(F.col("copies") > 1)}
-        version = None if self.raw <= LOCAL_ROWS else self._version(EVENTS)
+        version = None if self.raw <= LOCAL_ROWS else self.storage.version(EVENTS)
         resolved = cut(self._resolve(self.storage.read(EVENTS, version)), totals)
         self.cuts.append(resolved)
         found: dict[str, Any] = resolved.totals
@@ -220,7 +220,7 @@ class _Booking:
 
     def _unknown(self, spec: TableSpec, rows: DataFrame, count: int) -> tuple[DataFrame, int]:
         """The rows whose raw_id the table does not have yet, and how many they are; `count` is how many are given."""
-        there = self.storage.read(spec, self._version(spec))
+        there = self.storage.read(spec, self.storage.version(spec))
         if self.span is not None and spec is not DUPLICATES:
             there = there.where(self.span)
         known = there.select("raw_id").join(self._hint(rows.select("raw_id")), "raw_id", "left_semi")
@@ -286,11 +286,6 @@ class _Booking:
 
     def _hint(self, rows: DataFrame) -> DataFrame:
         return F.broadcast(rows) if self.small else rows
-
-    def _version(self, spec: TableSpec) -> int:
-        row = self.storage.table(spec).history(1).select("version").first()
-        assert row is not None
-        return row.version
 
     def _log(self, added: dict[str, int]) -> None:
         log.info("recorded", extra={"rows": self.raw, "added": added, "transaction": self.transaction})

@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 from plotly.offline import get_plotlyjs
 
 from nightstream import report_figures
+from nightstream.metrics import percentile
 
 # An epoch of one training run: encoder, stage ("first-…" is validated, "refit-…" is not), epoch from 1, loss, NDCG@10.
 EpochRow = TypedDict(
@@ -114,12 +115,6 @@ def demo_report(
         figures=json.dumps(drawn).replace("</", "<\\/"),
         plotly=get_plotlyjs(),
     )
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value that `share` percent of the values do not exceed; 0 for none."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * share / 100))] if ordered else 0.0
 
 
 def _tiles(quality: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str:

@@ -82,6 +82,7 @@ def _own(settings: SparkSettings, master: str) -> dict[str, str]:
         "spark.sql.extensions": _EXTENSION,
         "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
         "spark.master": master,
+        "spark.sql.warehouse.dir": settings.warehouse,
         "spark.driver.memory": settings.driver_memory,
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",

@@ -35,6 +35,7 @@ class SparkSettings(Section):
     driver_memory: str = Field(pattern=r"^\d+[mg]$")
     shuffle_partitions: int = Field(ge=1, le=10_000)
     adaptive: bool
+    warehouse: str = Field(min_length=1)
     packages: tuple[str, ...]
 
 

@@ -77,6 +77,13 @@ class Storage:
     def read_or_empty(self, spec: TableSpec) -> DataFrame:
         return self.read(spec) if self.exists(spec) else self.spark.createDataFrame([], spec.schema)
 
+    def version(self, spec: TableSpec) -> int | None:
+        """The number of the table's newest commit; None where there is no table."""
+        if not self.exists(spec):
+            return None
+        row = self.table(spec).history(1).select("version").first()
+        return None if row is None else row.version
+
     def append(self, spec: TableSpec, rows: DataFrame, transaction: tuple[str, int] | None = None) -> None:
         """Append in one commit. With `transaction` = (application, sequence number), a repeated append does nothing."""
         self.create(spec)

@@ -10,7 +10,7 @@ from pyspark.sql import SparkSession
 
 from nightstream import catalogue, layers, registry, serving
 from nightstream.errors import WriterBusyError
-from nightstream.lease import Lease
+from nightstream.lease import Lease, this_process
 from nightstream.settings import Settings
 from nightstream.storage import Storage
 
@@ -27,7 +27,7 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, A
     storage = Storage(spark, settings.storage)
     serving_settings = settings.serving
     attempts = serving_settings.merge_attempts
-    held = Lease(storage, KIND, KIND, serving_settings.lease_seconds, attempts, wait=False)
+    held = Lease(storage, this_process(), KIND, serving_settings.lease_seconds, attempts, wait=True)
     try:
         with held:
             serving.merge_tail(storage, serving.list_width(storage, serving_settings.top_k), attempts)

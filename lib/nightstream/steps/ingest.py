@@ -8,20 +8,27 @@ from typing import Any
 from pyspark.sql import DataFrame, SparkSession
 
 from nightstream import attributes, formats, ledger, sources
+from nightstream.errors import WriterBusyError
+from nightstream.lease import Lease, this_process
 from nightstream.settings import Settings
 from nightstream.storage import Storage, with_retries
 from nightstream.tables import ITEMS, USERS, TableSpec
 
 log = logging.getLogger(__name__)
+KIND = "ingest"
 
 
-def run(spark: SparkSession, settings: Settings) -> dict[str, Any]:
+def run(spark: SparkSession, settings: Settings, beside_stream: bool = False) -> dict[str, Any]:
     """Ingest all sources; running it again over the same sources adds nothing.
+
+    One process at a time records events: two could both take one for new. beside_stream: where another process records,
+    leave the batch source's events for a later run, and say so under "left_to", rather than fail.
 
     Items and users are merged by id: new descriptions replace old ones, and what left the source stays (an item goes
     out of service by available = false). No table is touched before every source has proved readable.
     Returns {"events": rows by table name, "added": likewise, of this run, "items": {"rows", "left_out"}, "users": …}.
-    Raises SourceError for a bad source, TableError unless raw_events = events + quarantine + duplicates afterwards.
+    Raises SourceError for a bad source, TableError unless raw_events = events + quarantine + duplicates afterwards,
+    WriterBusyError where another process writes (items and users are merged then; their rows do not depend on it).
     """
     storage = Storage(spark, settings.storage)
     rules = settings.events
@@ -43,9 +50,17 @@ def run(spark: SparkSession, settings: Settings) -> dict[str, Any]:
             "rows": storage.read(spec).count(),
             "left_out": {} if found is None else found.left_out,
         }
-    recorded = ledger.record(storage, arrived, settings)
-    recorded.release()
-    return {"events": ledger.check(storage), "added": recorded.added, **described}
+    attempts, seconds = settings.serving.merge_attempts, settings.serving.lease_seconds
+    try:
+        with Lease(storage, this_process(), KIND, seconds, attempts, wait=True):
+            recorded = ledger.record(storage, arrived, settings)
+            recorded.release()
+            return {"events": ledger.check(storage), "added": recorded.added, **described}
+    except WriterBusyError as busy:
+        if not beside_stream:
+            raise
+        log.warning("the events of %s are left for a later night: %s", settings.sources.events.path, busy)
+        return {"left_to": str(busy), **described}
 
 
 def _merge(storage: Storage, spec: TableSpec, rows: DataFrame, attempts: int) -> None:

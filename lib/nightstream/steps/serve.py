@@ -16,6 +16,7 @@ from nightstream.errors import NightstreamError, TableError, WriterBusyError
 from nightstream.layers import BatchReport, SpeedLayer, utc_now
 from nightstream.lease import Lease
 from nightstream.ledger import parsed
+from nightstream.metrics import percentile
 from nightstream.settings import Settings
 from nightstream.storage import Storage
 from nightstream.tables import METRICS
@@ -115,13 +116,12 @@ def _ours(error: Exception) -> Exception:
 def _measure(storage: Storage, reports: deque[BatchReport]) -> dict[str, float]:
     if not reports:
         return {}
-    visible = sorted(r.visible_seconds for r in reports)
-    delay = sorted(r.delay_seconds for r in reports if r.delay_seconds is not None) or [0.0]
+    visible = [r.visible_seconds for r in reports]
+    delays = [r.delay_seconds for r in reports if r.delay_seconds is not None]
     measured = {
-        "stream_visible_p50_s": visible[len(visible) // 2],
-        "stream_visible_p95_s": visible[int(len(visible) * 0.95)],
-        "stream_delay_p50_s": delay[len(delay) // 2],
-        "stream_delay_p95_s": delay[int(len(delay) * 0.95)],
+        f"stream_{name}_p{share}_s": percentile(values, share)
+        for name, values in (("visible", visible), ("delay", delays))
+        for share in (50, 95)
     }
     version, now = reports[-1].model_version, utc_now()
     rows = [(name, value, version, {"batches": str(len(reports))}, now) for name, value in measured.items()]
