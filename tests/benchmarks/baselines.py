@@ -119,7 +119,9 @@ def best_rows(model: Baseline, histories: Histories, fallback: np.ndarray, k: in
     rows, best = [], []
     for start in range(0, len(histories), BLOCK):
         part = histories.slice(start, min(start + BLOCK, len(histories)))
-        scores = np.where(part.sizes[:, None] > 0, model.scores(part), fallback[None, :])
+        scores = np.tile(fallback, (len(part), 1))
+        if len(part.items):
+            scores = np.where(part.sizes[:, None] > 0, model.scores(part), scores)
         exclude(scores, part.seen, part.seen_offsets)
         columns = best_columns(scores, k)
         found = np.take_along_axis(scores, columns, 1)
@@ -128,6 +130,13 @@ def best_rows(model: Baseline, histories: Histories, fallback: np.ndarray, k: in
     if not rows:
         return np.zeros((0, min(k, len(fallback))), np.int64), np.zeros((0, min(k, len(fallback))))
     return np.concatenate(rows), np.concatenate(best)
+
+
+def popular_rows(histories: Histories, fallback: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """As best_rows, the fallback for everyone."""
+    nothing = np.zeros(len(histories) + 1, np.int64)
+    unknown = Histories(nothing[:0], nothing, histories.seen, histories.seen_offsets)
+    return best_rows(Popular(), unknown, fallback, k)
 
 
 def validated(model: Baseline, log: Sequences, targets: np.ndarray, fallback: np.ndarray) -> float:

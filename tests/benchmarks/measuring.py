@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from baselines import Baseline, Histories, best_rows
-from nightstream import evaluation
+from baselines import Histories
 from nightstream.blocks import Sequences, UserFeatures
 from nightstream.payload import combined
 from nightstream.steps.evaluate import Split
@@ -36,10 +35,12 @@ ENTRIES = pa.list_(
 class Log:
     """The history of a split as arrays, made once for all baselines.
 
-    events: as in blocks.Sequences, without user attributes. item_ids: string [M]; row r is item_ids[r - 1].
+    events: as in blocks.Sequences, without user attributes. user_ids: string [U], in the order of the events.
+    item_ids: string [M]; row r is item_ids[r - 1].
     """
 
     events: Sequences
+    user_ids: pa.Array
     item_ids: pa.Array
 
     @property
@@ -71,6 +72,7 @@ def log_of(parts: Split) -> Log:
             np.asarray(table["role"], np.int8),
             UserFeatures(np.zeros((len(starts), 0), np.float32), (), ()),
         ),
+        users.take(pa.array(starts)),
         item_ids,
     )
 
@@ -82,11 +84,14 @@ def rows_of(values: pa.Array, item_ids: pa.Array) -> np.ndarray:
 
 @dataclass(frozen=True)
 class BaselineLister:
-    """A fitted baseline where the evaluation expects the refresh (evaluation.Lister)."""
+    """A baseline where the evaluation expects the refresh (evaluation.Lister).
+
+    best: user ids [B] and their histories -> rows and scores of their lists, as baselines.best_rows gives them.
+    item_ids: as in Log.
+    """
 
     spark: SparkSession
-    model: Baseline
-    fallback: np.ndarray
+    best: Callable[[pa.Array, Histories], tuple[np.ndarray, np.ndarray]]
     item_ids: pa.Array
     users: DataFrame
     window_types: Sequence[str]
@@ -99,12 +104,8 @@ class BaselineLister:
         seen = F.transform("seen", lambda s: s.item_id).alias("seen")
         table = folded.select("user_id", known, seen).toArrow()
         items, offsets = self._rows(combined(table["known"]))
-        rows, scores = best_rows(
-            self.model,
-            Histories(items, offsets, *self._rows(combined(table["seen"]))),
-            self.fallback,
-            evaluation.LIST_LENGTH,
-        )
+        histories = Histories(items, offsets, *self._rows(combined(table["seen"])))
+        rows, scores = self.best(combined(table["user_id"]), histories)
         return self.spark.createDataFrame(
             pa.table({"user_id": table["user_id"], "items": entries(rows, scores, self.item_ids)})
         )

@@ -12,7 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import quality
-from baselines import Popular, popularity
+import recbole_client
+from baselines import Histories, Popular, best_rows, popularity
+from bench import NAMES
 from measuring import BaselineLister, entries, log_of, records
 from nightstream import evaluation, splits
 from nightstream.blocks import RANK, TRAIN, VALID
@@ -38,6 +40,13 @@ def parts(spark) -> Split:
     return Split(events, events.where(events.role != splits.TEST), items, users, None)
 
 
+def lister_of(spark, model, log, parts) -> BaselineLister:
+    share = popularity(log.events, log.size, (TRAIN, RANK, VALID))
+    return BaselineLister(
+        spark, lambda _, h: best_rows(model, h, share, evaluation.LIST_LENGTH), log.item_ids, parts.users, ["view"]
+    )
+
+
 def test_the_log_is_the_history_in_order(parts):
     log = log_of(parts)
     assert log.item_ids.to_pylist() == list("abcde")
@@ -50,7 +59,7 @@ def test_a_baseline_is_scored_like_what_serves(spark, parts):
     log = log_of(parts)
     model = Popular()
     model.fit(log.events, log.size, (TRAIN, RANK, VALID))
-    lister = BaselineLister(spark, model, model.share, log.item_ids, parts.users, ["view"])
+    lister = lister_of(spark, model, log, parts)
     rows = judged(parts, lister, [0.0]).persist()
     lists = {r.user_id: [e.item_id for e in r["items"]] for r in rows.collect()}
     # Events of the history: b 3, a 2, c 2, d 1.
@@ -74,7 +83,7 @@ def test_a_delay_hides_events_from_a_baseline_but_they_stay_seen(spark, parts):
             scores[np.arange(len(histories)), 4 - histories.sizes] = 1.0
             return scores
 
-    lister = BaselineLister(spark, Counting(), popularity(log.events, 5, (TRAIN,)), log.item_ids, parts.users, ["view"])
+    lister = lister_of(spark, Counting(), log, parts)
     cut = round(EPOCH.timestamp() * 1e6)
     rows = evaluation.prequential(parts.events.where("user_id = 'u'"), cut, [0.0], lister).collect()
     lists = {(r.target_item_id, r.delay_s): "".join(e.item_id for e in r["items"]) for r in rows}
@@ -110,11 +119,16 @@ def test_records_have_the_keys_of_the_json_and_only_all_users():
 
 
 def test_names_and_seeds():
-    assert quality.names_of(None) == list(quality.NAMES)
-    assert quality.names_of("default, item-knn") == ["item-knn", "default"]
+    leave, replay = quality.Protocol.LEAVE_ONE_OUT, quality.Protocol.PREQUENTIAL
+    assert quality.names_of(None, "python", leave) == list(NAMES)
+    assert quality.names_of(None, None, leave) == [n for n in NAMES if not n.startswith("recbole")]
+    assert quality.names_of("default, item-knn", None, replay) == ["item-knn", "default"]
+    for recbole, protocol in ((None, leave), ("python", replay)):
+        with pytest.raises(NightstreamError, match="--recbole PYTHON"):
+            quality.names_of("recbole-caser", recbole, protocol)
     assert quality.seeds_of("3,1") == [3, 1]
     with pytest.raises(NightstreamError, match="lightfm"):
-        quality.names_of("popular,lightfm")
+        quality.names_of("popular,lightfm", None, leave)
     for text in ("", "1,x", "1,1"):
         with pytest.raises(NightstreamError, match="--seeds"):
             quality.seeds_of(text)
@@ -171,3 +185,31 @@ def test_lists_shorter_than_the_catalogue_end_where_the_items_do():
         [(1, "a")],
         [],
     ]
+
+
+def test_recbole_is_asked_by_row_and_strangers_get_the_fallback(parts, tmp_path, monkeypatch):
+    script = tmp_path / "fake.py"
+    script.write_text(
+        "import sys, json, pandas as pd\n"
+        "folder, model, seed = sys.argv[1:]\n"
+        "about = json.load(open(folder + '/about.json'))\n"
+        "if seed == '9': sys.exit('no such\\nmodel')\n"
+        "log, asked = (pd.read_parquet(f'{folder}/{n}.parquet') for n in ('log', 'queries'))\n"
+        "last = log.groupby('user')['item'].last()\n"
+        "assert [last[u] == i[-1] for u, i in zip(asked['user'], asked['items'])] == [True, True]\n"
+        "pd.DataFrame({'rows': [[4], [5, 1]], 'scores': [[1.5], [2.0, 1.0]]}).to_parquet(folder + '/lists.parquet')\n"
+    )
+    monkeypatch.setattr(recbole_client, "SCRIPT", script)
+    log = log_of(parts)
+    items, offsets = np.array([1, 2, 3, 2, 3, 4]), np.array([0, 3, 3, 6])
+    histories = Histories(items, offsets, items, offsets)
+
+    def ask(seed: int) -> tuple[np.ndarray, np.ndarray]:
+        ids = pa.array(["u", "x", "v"])
+        return recbole_client.best_rows(sys.executable, "recbole-caser", seed, log, np.arange(5.0), ids, histories)
+
+    rows, scores = ask(1)
+    assert rows.tolist() == [[4, 0, 0, 0, 0], [5, 4, 3, 2, 1], [5, 1, 0, 0, 0]]
+    assert scores[[0, 2], 0].tolist() == [1.5, 2.0]
+    with pytest.raises(NightstreamError, match="Caser could not be trained: model"):
+        ask(9)
