@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 from baselines import Histories, popular_rows
 from measuring import Log, rows_of
@@ -33,14 +33,13 @@ def best_rows(
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         users = np.repeat(np.arange(1, len(log.events) + 1), np.diff(log.events.offsets))
-        pd.DataFrame({"user": users, "item": log.events.items, "role": log.events.roles}).to_parquet(
-            folder / "log.parquet"
-        )
-        known = [
-            histories.items[a:b] for a, b in zip(histories.offsets[asked], histories.offsets[asked + 1], strict=True)
-        ]
-        pd.DataFrame({"user": rows_of(user_ids, log.user_ids)[asked], "items": known}).to_parquet(
-            folder / "queries.parquet"
+        np.savez(folder / "log.npz", user=users, item=log.events.items, role=log.events.roles)
+        # Users of whom nothing is known have no items, so those of the others already lie one after another.
+        np.savez(
+            folder / "queries.npz",
+            user=rows_of(user_ids, log.user_ids)[asked],
+            items=histories.items,
+            offsets=np.concatenate([[0], histories.offsets[1:][asked]]),
         )
         (folder / "about.json").write_text(json.dumps({"size": log.size, "users": len(log.events), "length": k}))
         done = subprocess.run(
@@ -49,12 +48,11 @@ def best_rows(
             text=True,
             check=False,
             cwd=folder,
+            env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
         )
         if done.returncode:
             last = (done.stderr.strip() or "it said nothing").splitlines()[-1]
             raise NightstreamError(f"--recbole {python}: {MODELS[name]} could not be trained: {last}")
-        lists = pd.read_parquet(folder / "lists.parquet")
-    for row, items, values in zip(asked, lists["rows"], lists["scores"], strict=True):
-        rows[row], scores[row] = 0, 0.0
-        rows[row, : len(items)], scores[row, : len(items)] = items, values
+        with np.load(folder / "lists.npz") as lists:
+            rows[asked], scores[asked] = lists["rows"], lists["scores"]
     return rows, scores

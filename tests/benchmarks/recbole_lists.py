@@ -3,10 +3,11 @@
     PYTHON recbole_lists.py FOLDER MODEL SEED
 
 Reads from FOLDER, all items as 1-based catalogue rows (0 would be padding) and users as numbers from 1:
-    log.parquet        user, item, role (0 to 2, 2 = validation); each user's events together and in their order
-    queries.parquet    user, items (the known ones, oldest first, which are also those not to recommend)
-    about.json         size (items), users, length (of a list)
-and writes FOLDER/lists.parquet, one row per query: rows and scores, best first.
+    log.npz        user, item, role [events] (0 to 2, 2 = validation); a user's events together and in their order
+    queries.npz    user [queries], items, offsets [queries + 1]: query q knows items[offsets[q]:offsets[q + 1]], oldest
+                   first, and wants none of them
+    about.json     size (items), users, length (of a list)
+and writes FOLDER/lists.npz: rows and scores [queries, length], best first, rows 0 behind the last one.
 The network is RecBole's; the loop around it is plain, since RecBole's own data sets keep times as float32, and its
 trainer runs with autograd's anomaly mode on.
 """
@@ -20,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from recbole.config import Config
 from recbole.data.interaction import Interaction
 from recbole.utils import get_model
+
+Arrays = dict[str, np.ndarray]
 
 VALID = 2
 WINDOWS = {"GRU4Rec": 50, "Caser": 5, "SASRec": 20}
@@ -59,10 +61,10 @@ def network(name: str, users: int, items: int, seed: int) -> Any:
     return get_model(name)(config, Counts(users, items))
 
 
-def samples(log: pd.DataFrame, window: int) -> tuple[np.ndarray, np.ndarray]:
+def samples(log: Arrays, window: int) -> tuple[np.ndarray, np.ndarray]:
     """Windows int64 [E, window] before each event of the log, padded behind as RecBole wants it, and their lengths."""
-    items = log["item"].to_numpy(np.int64)
-    place = log.groupby("user", sort=False).cumcount().to_numpy()
+    items = log["item"]
+    place = np.arange(len(items)) - np.searchsorted(log["user"], log["user"], side="left")
     sizes = np.minimum(place, window)
     index = np.arange(len(items))[:, None] - sizes[:, None] + np.arange(window)
     held = np.arange(window) < sizes[:, None]
@@ -87,9 +89,9 @@ def score(model: Any, user: np.ndarray, window: np.ndarray, size: np.ndarray) ->
     return np.concatenate(parts)
 
 
-def validation(model: Any, log: pd.DataFrame, window: np.ndarray, size: np.ndarray, rows: np.ndarray) -> float:
+def validation(model: Any, log: Arrays, window: np.ndarray, size: np.ndarray, rows: np.ndarray) -> float:
     """NDCG@10 of the events at these places of the log, the user's earlier items taken out."""
-    users, items = log["user"].to_numpy(), log["item"].to_numpy(np.int64)
+    users, items = log["user"], log["item"]
     first = np.searchsorted(users, users, side="left")
     gains = 0.0
     for start in range(0, len(rows), BLOCK):
@@ -103,11 +105,11 @@ def validation(model: Any, log: pd.DataFrame, window: np.ndarray, size: np.ndarr
     return gains / max(len(rows), 1)
 
 
-def train(name: str, log: pd.DataFrame, about: dict[str, int], seed: int, epochs: int | None) -> tuple[Any, int]:
+def train(name: str, log: Arrays, about: dict[str, int], seed: int, epochs: int | None) -> tuple[Any, int]:
     """The model, and its epochs: the given ones over all events, else early stopping on those of validation."""
     model = network(name, about["users"], about["size"], seed)
     window, size = samples(log, WINDOWS[name])
-    roles, users, items = log["role"].to_numpy(), log["user"].to_numpy(), log["item"].to_numpy(np.int64)
+    roles, users, items = log["role"], log["user"], log["item"]
     targets = np.flatnonzero((size > 0) & ((roles != VALID) | (epochs is not None)))
     valid = np.flatnonzero((size > 0) & (roles == VALID))
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
@@ -134,22 +136,28 @@ def train(name: str, log: pd.DataFrame, about: dict[str, int], seed: int, epochs
     return model, epochs or best_epoch
 
 
-def lists(model: Any, name: str, queries: pd.DataFrame, length: int) -> pd.DataFrame:
-    """rows and scores of each query."""
-    window, size = np.zeros((len(queries), WINDOWS[name]), np.int64), np.zeros(len(queries), np.int64)
-    for row, items in enumerate(queries["items"]):
-        size[row] = min(len(items), WINDOWS[name])
+def lists(model: Any, name: str, queries: Arrays, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """rows int64 and scores float32, [queries, length] each."""
+    users, offsets = queries["user"], queries["offsets"]
+    known = np.split(queries["items"], offsets[1:-1])
+    size = np.minimum(np.diff(offsets), WINDOWS[name])
+    window = np.zeros((len(users), WINDOWS[name]), np.int64)
+    for row, items in enumerate(known):
         window[row, : size[row]] = items[len(items) - size[row] :]
-    users, out = queries["user"].to_numpy(), []
-    for start in range(0, len(queries), BLOCK):
+    rows, scores = np.zeros((len(users), length), np.int64), np.zeros((len(users), length), np.float32)
+    for start in range(0, len(users), BLOCK):
         block = slice(start, start + BLOCK)
-        found = score(model, users[block], window[block], size[block])
-        for scores, items in zip(found, queries["items"][block], strict=True):
-            scores[items - 1] = -np.inf
-            best = np.argsort(-scores, kind="stable")[:length]
-            best = best[~np.isneginf(scores[best])]
-            out.append((best + 1, scores[best]))
-    return pd.DataFrame(out, columns=["rows", "scores"])
+        for row, found in enumerate(score(model, users[block], window[block], size[block]), start):
+            found[known[row] - 1] = -np.inf
+            best = np.argsort(-found, kind="stable")[:length]
+            best = best[~np.isneginf(found[best])]
+            rows[row, : len(best)], scores[row, : len(best)] = best + 1, found[best]
+    return rows, scores
+
+
+def read(path: Path) -> Arrays:
+    with np.load(path) as file:
+        return {name: np.asarray(file[name], np.int64) for name in file.files}
 
 
 def main() -> None:
@@ -157,10 +165,11 @@ def main() -> None:
     # RecBole reads the command line by itself.
     sys.argv = sys.argv[:1]
     about = json.loads((folder / "about.json").read_text())
-    log, queries = pd.read_parquet(folder / "log.parquet"), pd.read_parquet(folder / "queries.parquet")
+    log, queries = read(folder / "log.npz"), read(folder / "queries.npz")
     _, epochs = train(name, log, about, seed, None)
     model, _ = train(name, log, about, seed, epochs)
-    lists(model, name, queries, about["length"]).to_parquet(folder / "lists.parquet")
+    rows, scores = lists(model, name, queries, about["length"])
+    np.savez(folder / "lists.npz", rows=rows, scores=scores)
 
 
 if __name__ == "__main__":
