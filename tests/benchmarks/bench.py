@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ NAMES = (*BASELINES, *recbole_client.MODELS, *ENCODERS, "default")
 EVERYTHING = (TRAIN, RANK, VALID)
 GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "popular": {},
-    "item-knn": {"decay": (0.9, 1.0, 0.8, 0.6), "neighbours": (200, 50, 1000), "shrink": (0.0, 10.0)},
+    "item-knn": {"decay": (0.9, 1.0, 0.8, 0.6, 0.4), "neighbours": (200, 50, 1000), "shrink": (0.0, 10.0, 30.0)},
     "als": {"alpha": (10.0, 1.0, 40.0), "regularisation": (0.1, 0.01, 0.3), "rank": (32, 16, 64)},
     "sasrec": {"dropout": (0.5, 0.2)},
 }
@@ -117,8 +117,10 @@ class Bench:
             threads = training.threads * training.parallel_encoders
             training = training.model_copy(update={"encoders": (name,), "threads": threads})
         own = self.settings.model_copy(update={"training": training})
-        files = evaluate.fit(own, self.parts).files
+        fitted = evaluate.fit(own, self.parts)
+        files = fitted.files
         trained = time.monotonic()
+        progress.say(f"{name} trained in {trained - start:.0f} s: {told(fitted.metrics)}")
         self._judge(self._served(own, files), name, True, seed, start)
         model = Model.from_artifacts({n: data for n, data in files.items() if n != FEATURES_FILE})
         if model.ranker is None:
@@ -149,3 +151,9 @@ class Bench:
 
 def delay_text(delay_s: float | None) -> str:
     return "frozen" if delay_s is None else f"{delay_s:g} s"
+
+
+def told(metrics: Mapping[str, float]) -> str:
+    """The validation NDCG@10 of a fitted model's parts."""
+    parts = {key.split(".")[1]: value for key, value in metrics.items() if key.endswith(".ndcg@10")}
+    return "validation NDCG@10 " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in parts.items())
