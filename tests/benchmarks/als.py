@@ -38,7 +38,6 @@ class SparkALS:
     """rank, regularisation (λ), alpha: as in pyspark.ml.recommendation.ALS with implicitPrefs."""
 
     name = "als"
-    seeded = True
 
     def __init__(
         self, spark: SparkSession, rank: int = 32, regularisation: float = 0.1, alpha: float = 10.0, seed: int = 0

@@ -78,10 +78,9 @@ class Histories:
 
 
 class Baseline(Protocol):
-    """One way to recommend. `name` is what the command line calls it, `seeded` whether a seed changes it."""
+    """One way to recommend. `name` is what the command line calls it."""
 
     name: str
-    seeded: bool
 
     def fit(self, log: Sequences, size: int, roles: Sequence[int], valid: np.ndarray | None = None) -> None:
         """Learn from the events of these roles. size: items of the catalogue, M. valid: positions of validation events
@@ -189,7 +188,6 @@ class Popular:
     """The same list for everyone: items by the number of their events."""
 
     name = "popular"
-    seeded = False
 
     def fit(self, log: Sequences, size: int, roles: Sequence[int], valid: np.ndarray | None = None) -> None:
         self.share = popularity(log, size, roles)
@@ -209,7 +207,6 @@ class ItemKNN:
     """
 
     name = "item-knn"
-    seeded = False
 
     def __init__(self, decay: float = 0.9, neighbours: int = 200, shrink: float = 0.0) -> None:
         self.decay, self.neighbours, self.shrink = decay, neighbours, shrink
@@ -241,7 +238,6 @@ class Fusion:
     """Reciprocal rank fusion of the lists of fitted models (Cormack et al., SIGIR 2009): no learning."""
 
     name = "fusion"
-    seeded = True
 
     def __init__(self, models: Sequence[Baseline], fallback: np.ndarray) -> None:
         if not models:

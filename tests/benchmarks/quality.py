@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import recbole_client
 import typer
-from bench import NAMES, Bench, delay_text
+from bench import NAMES, WITHOUT_SEED, Bench, delay_text
 from nightstream import logs, progress, session, settings
 from nightstream.cli import Protocol, seconds
 from nightstream.errors import NightstreamError
@@ -169,8 +169,7 @@ def measure(
         bench = Bench(spark, loaded, data, protocol.value, delays_s, predictions, recbole)
         for seed in numbers:
             for name in names:
-                # What no seed changes is measured once.
-                if seed == numbers[0] or name not in ("popular", "item-knn"):
+                if seed == numbers[0] or name not in WITHOUT_SEED:
                     bench.run(name, seed)
                     if json_out is not None:
                         write_atomically(json_out, json.dumps(bench.results, indent=2).encode())

@@ -74,7 +74,6 @@ class SASRec:
     """dropout: share of inputs dropped. epochs: passes over the data; None stops early on the validation events."""
 
     name = "sasrec"
-    seeded = True
 
     def __init__(self, dropout: float = 0.5, epochs: int | None = None, seed: int = 0) -> None:
         self.dropout, self.epochs, self.seed = dropout, epochs, seed

@@ -61,7 +61,6 @@ class Fixed:
     """Scores that are given, whatever the history."""
 
     name = "fixed"
-    seeded = False
 
     def __init__(self, scores: list[float]) -> None:
         self.given = np.asarray(scores)
