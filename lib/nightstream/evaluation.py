@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
@@ -26,6 +26,21 @@ FROZEN = math.inf
 
 # In evaluation nothing overflows: the states live for one call, so the side table would only be read back.
 _ALL_SEEN = 2**31 - 1
+
+
+class Lister(Protocol):
+    """Whatever makes lists from states: what serves, and in benchmarks what it is compared with."""
+
+    @property
+    def users(self) -> DataFrame:
+        """USERS rows."""
+
+    @property
+    def window_length(self) -> int:
+        """The newest events of a user that a list may depend on."""
+
+    def lists(self, states: DataFrame, events: DataFrame, users: DataFrame) -> DataFrame:
+        """States and events -> user_id, items (rank, item_id, score; the best LIST_LENGTH, none of them seen)."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,7 @@ class Served:
         return refreshed.select("user_id", "items")
 
 
-def leave_one_out(events: DataFrame, served: Served) -> DataFrame:
+def leave_one_out(events: DataFrame, served: Lister) -> DataFrame:
     """Events with role (splits.leave_last_out) -> one row per test event, its list made from all events before it.
 
     Returns user_id, target_item_id, event_time, delay_s (0), known (the user has an event before), items.
@@ -71,7 +86,7 @@ def leave_one_out(events: DataFrame, served: Served) -> DataFrame:
     )
 
 
-def prequential(events: DataFrame, cut_micros: int, delays_s: Sequence[float], served: Served) -> DataFrame:
+def prequential(events: DataFrame, cut_micros: int, delays_s: Sequence[float], served: Lister) -> DataFrame:
     """Replay the events after the cut: before each one, the list that a speed layer of a given delay would have served.
 
     events: all events, before and after the cut, ordered within a user by (event_time, event_id).

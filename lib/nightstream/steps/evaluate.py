@@ -7,6 +7,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from pyspark.sql import functions as F
 
 from nightstream import catalogue, evaluation, fitting, progress, sources, splits
 from nightstream.errors import SourceError
-from nightstream.evaluation import Served
+from nightstream.evaluation import Lister, Served
 from nightstream.events import NEW, live, parse, raw_rows, resolve
 from nightstream.learning_files import write_atomically
 from nightstream.payload import Payload, encode_catalogue
@@ -23,6 +24,22 @@ from nightstream.settings import Settings
 from nightstream.tables import EVENTS
 
 Protocol = Literal["leave-one-out", "prequential"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """A source under a protocol: every model that is compared gets the same one.
+
+    events: all of them, with `role` under leave-one-out. history: those that may be learnt from, with `role`.
+    items: ITEMS rows of the catalogue, known from descriptions and history. users: USERS rows.
+    cut_micros: where prequential cuts, microseconds since the epoch; None under leave-one-out.
+    """
+
+    events: DataFrame
+    history: DataFrame
+    items: DataFrame
+    users: DataFrame
+    cut_micros: int | None
 
 
 def run(
@@ -40,9 +57,22 @@ def run(
     predictions: a Parquet file or folder to write the lists to. json_out: a file for the scores.
     Returns {"protocol", "scores", "metrics"}; see evaluation.scores.
     """
+    parts = split(spark, settings, protocol)
+    fitted = fit(settings, parts)
+    rows = judged(parts, served(settings, parts, fitted.files), delays or settings.evaluation.delays_seconds).persist()
+    found = evaluation.scores(rows, parts.items.count())
+    if predictions is not None:
+        write_predictions(evaluation.predictions(rows), predictions)
+    progress.console.print(progress.quality_table(found, f"{protocol} on {settings.sources.events.path}"))
+    result = {"protocol": protocol, "scores": found, "metrics": fitted.metrics}
+    if json_out is not None:
+        write_atomically(json_out, json.dumps(result, indent=2).encode())
+    return result
+
+
+def split(spark: SparkSession, settings: Settings, protocol: Protocol) -> Split:
+    """The settings' sources under the protocol. Raises SourceError where they have too few events for it."""
     events = clean_events(spark, settings).persist()
-    items = sources.read_items(spark, settings)
-    users = sources.read_users(spark, settings)
     cut = None
     if protocol == "leave-one-out":
         events = splits.leave_last_out(events).persist()
@@ -57,24 +87,27 @@ def run(
         history = splits.by_time(past, settings.training.validation_fraction, settings.training.ranking_fraction)
     if history.isEmpty() or (cut is not None and events.where(F.unix_micros("event_time") > cut).isEmpty()):
         raise SourceError(f"{settings.sources.events.path} has too few events for {protocol}; give a larger source")
-    known = catalogue.known_items(items, history).persist()
+    known = catalogue.known_items(sources.read_items(spark, settings), history).persist()
+    return Split(events, history, known, sources.read_users(spark, settings), cut)
+
+
+def fit(settings: Settings, parts: Split) -> fitting.Fitted:
+    """The model that the nightly job would learn from the history."""
     # A name of its own for each run: two evaluations side by side must not share scratch files.
-    fitted = fitting.fit(settings, history, known, users, f"evaluation-{uuid.uuid4().hex[:12]}")
-    payload = _payload(fitted.files, known)
-    served = Served(payload, users, settings.window.length, settings.events.window_types)
-    if cut is None:
-        rows = evaluation.leave_one_out(events, served)
-    else:
-        rows = evaluation.prequential(events, cut, delays or settings.evaluation.delays_seconds, served)
-    rows = rows.persist()
-    found = evaluation.scores(rows, known.count())
-    if predictions is not None:
-        write_predictions(evaluation.predictions(rows), predictions)
-    progress.console.print(progress.quality_table(found, f"{protocol} on {settings.sources.events.path}"))
-    result = {"protocol": protocol, "scores": found, "metrics": fitted.metrics}
-    if json_out is not None:
-        write_atomically(json_out, json.dumps(result, indent=2).encode())
-    return result
+    name = f"evaluation-{uuid.uuid4().hex[:12]}"
+    return fitting.fit(settings, parts.history, parts.items, parts.users, name)
+
+
+def served(settings: Settings, parts: Split, files: dict[str, bytes]) -> Served:
+    """A fitted model's files as what the refresh serves."""
+    return Served(_payload(files, parts.items), parts.users, settings.window.length, settings.events.window_types)
+
+
+def judged(parts: Split, lister: Lister, delays_s: Sequence[float]) -> DataFrame:
+    """One row per test event, and under prequential per delay (seconds), with its list; see evaluation."""
+    if parts.cut_micros is None:
+        return evaluation.leave_one_out(parts.events, lister)
+    return evaluation.prequential(parts.events, parts.cut_micros, delays_s, lister)
 
 
 def clean_events(spark: SparkSession, settings: Settings) -> DataFrame:
