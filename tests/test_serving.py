@@ -19,7 +19,7 @@ def refreshed(spark, *rows):
         entries = [(n + 1, item, 1.0 - n / 10, "sequence", "why", None) for n, item in enumerate(items)]
         overflow = [(AT, item) for item in (surplus[0] if surplus else [])]
         made.append((user, revision, [], [], bool(overflow), [float(revision), 0.0], "m1", "c1", AT, entries, overflow))
-    return spark.createDataFrame(made, REFRESHED)
+    return serving.settled(spark.createDataFrame(made, REFRESHED))
 
 
 def lists(storage):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 
 from pyspark.sql import DataFrame
 
@@ -12,12 +14,14 @@ from nightstream.storage import Storage
 # So many micro-batches may be committed and not merged yet: they are held in memory, and each one makes the next
 # micro-batch's view of its users longer to compute.
 MOST_PENDING = 8
+LONGEST_REST = 10.0  # seconds
 
 
 class Follower:
     """Merges committed rows into the serving tables while the next micro-batches are computed.
 
-    A MERGE costs seconds whatever its size, so all that was committed during one goes together into the next.
+    A MERGE costs seconds whatever its size, so all that was committed during one goes together into the next. After
+    each it rests as long as it took: on few cores it would else take half of them from the micro-batches.
     """
 
     def __init__(self, storage: Storage, top_k: int, attempts: int) -> None:
@@ -27,6 +31,7 @@ class Follower:
         self._error: Exception | None = None
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._awaited = 0
 
     def pending(self) -> list[DataFrame]:
         """Rows of `refreshes` that the serving tables may lack, in the order of their commits.
@@ -39,7 +44,7 @@ class Follower:
     def add(self, rows: DataFrame) -> None:
         """Take over committed rows. Waits while too many are pending. Raises what the MERGEs have met."""
         with self._changed:
-            self._changed.wait_for(lambda: len(self._pending) < MOST_PENDING or self._error is not None)
+            self._wait(lambda: len(self._pending) < MOST_PENDING or self._error is not None)
             self._raise()
             self._pending.append(rows)
             if self._thread is None:
@@ -49,8 +54,15 @@ class Follower:
     def settle(self) -> None:
         """Wait until all is merged. Raises what the MERGEs have met; the next start of the stream merges then."""
         with self._changed:
-            self._changed.wait_for(lambda: self._thread is None)
+            self._wait(lambda: self._thread is None)
             self._raise()
+
+    def _wait(self, until: Callable[[], bool]) -> None:
+        """Wait, and let nothing rest meanwhile; holding the lock."""
+        self._awaited += 1
+        self._changed.notify_all()
+        self._changed.wait_for(until)
+        self._awaited -= 1
 
     def _raise(self) -> None:
         if self._error is not None:
@@ -66,6 +78,7 @@ class Follower:
                     self._thread = None
                     self._changed.notify_all()
                     return
+            begun = time.monotonic()
             try:
                 rows = serving.newest(taken) if len(taken) > 1 else taken[0]
                 serving.merge(self.storage, rows, self.width, self.attempts)
@@ -76,3 +89,4 @@ class Follower:
                 with self._changed:
                     del self._pending[: len(taken)]
                     self._changed.notify_all()
+                    self._changed.wait_for(lambda: self._awaited > 0, min(time.monotonic() - begun, LONGEST_REST))

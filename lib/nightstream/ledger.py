@@ -169,7 +169,7 @@ class _Booking:
         retraction = (F.col("event_type") == self.retraction_type) & (F.col("raw_id") == F.col("kept_raw_id"))
         totals |= {"retractions": F.count_if(retraction), "damaged": F.count_if(F.col("copies") > 1)}
         version = None if self.raw <= LOCAL_ROWS else self.storage.version(EVENTS)
-        resolved = cut(self._resolve(self.storage.read(EVENTS, version)), totals)
+        resolved = cut(self._resolve(self.storage.read(EVENTS, version)), totals, at_most=self.valid)
         self.cuts.append(resolved)
         found: dict[str, Any] = resolved.totals
         if found["damaged"] or sum(found[n] for n in names) != self.valid:

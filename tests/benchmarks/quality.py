@@ -36,8 +36,8 @@ DATA_FOLDER = "NIGHTSTREAM_DATA"
 
 
 def settings_for(data: str, overrides: Sequence[str] = ()) -> Settings:
-    """Settings of a data set: movielens; a folder of that name with NAME.inter below $NIGHTSTREAM_DATA (else
-    ../shared/data beside the repository); the path of an .inter file; or settings files separated by commas.
+    """Settings of a data set: movielens; a folder of that name with NAME.inter below $NIGHTSTREAM_DATA
+    (else below data/); the path of an .inter file; or settings files separated by commas.
 
     Raises NightstreamError for anything else, and SettingsError.
     """
@@ -48,7 +48,7 @@ def settings_for(data: str, overrides: Sequence[str] = ()) -> Settings:
         return settings.load([CONF / "movielens.yaml"], [*here, *overrides])
     if data.endswith((".yaml", ".yml")):
         return settings.load([Path(f) for f in data.split(",")], overrides)
-    folder = Path(os.environ.get(DATA_FOLDER, ROOT.parent / "shared" / "data"))
+    folder = Path(os.environ.get(DATA_FOLDER, ROOT / "data"))
     events = Path(data) if data.endswith(".inter") else folder / data / f"{data}.inter"
     if not events.is_file():
         raise NightstreamError(
