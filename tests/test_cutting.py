@@ -9,7 +9,7 @@ def totals():
     return {"rows": F.count(F.lit(1)), "odd": F.count_if(F.col("id") % 2 == 1), "last": F.max("id")}
 
 
-@pytest.mark.parametrize("options", [{}, {"at_most": 5}, {"limit": 4}, {"limit": 4, "cached": False}])
+@pytest.mark.parametrize("options", [{}, {"size": 5}, {"limit": 0}, {"limit": 4}, {"limit": 4, "cached": False}])
 def test_rows_and_totals_are_those_of_the_frame(spark, options):
     found = cut(spark.range(5), totals(), **options)
     assert found.totals == {"rows": 5, "odd": 2, "last": 4}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -125,6 +126,27 @@ def test_any_cut_order_and_repetition_of_the_stream_equals_one_batch(spark, nigh
     assert_same(storage, one_batch(spark, night, tmp_path))
     window = storage.read(USER_VECTORS).where("user_id = 'u001'").select(F.explode("window.event_id").alias("id"))
     assert TAKEN_BACK not in {r.id for r in window.collect()}
+
+
+def test_a_late_merge_hides_no_commit_from_the_next_micro_batch(spark, night, tmp_path, monkeypatch):
+    storage, settings = night("late")
+    rows, held = live_events(), threading.Event()
+    merge = serving.merge
+    layer = speed_layer(storage, settings)
+
+    def late(*arguments):
+        if threading.current_thread().name == "merge":
+            held.wait(300)
+        merge(*arguments)
+
+    monkeypatch.setattr(serving, "merge", late)
+    for number, part in enumerate((rows[:30], rows[30:])):
+        layer(parsed(payloads(spark, tmp_path, part, f"late{number}"), settings), number)
+    assert len(layer.follower.pending()) == 2
+    held.set()
+    layer.settle()
+    assert layer.follower.pending() == []
+    assert_same(storage, one_batch(spark, night, tmp_path))
 
 
 def crash(*_args, **_kwargs):

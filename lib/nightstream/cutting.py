@@ -35,26 +35,27 @@ def cut(
     rows: DataFrame,
     totals: Mapping[str, Column],
     limit: int = LOCAL_ROWS,
-    at_most: int | None = None,
+    size: int | None = None,
     cached: bool = True,
 ) -> Cut:
     """Compute rows and totals (aggregates over them) now.
 
-    Up to `limit` rows come to the driver, in one partition: choose it by their width. at_most: how many there can be,
-    where the caller knows; within the limit that spares the shuffle which finds out. More rows stay on the executors,
-    cached, or, with cached=False, checkpointed there: Delta's MERGE refuses a source that is in the cache. Serverless
-    clusters have neither; there, more rows are computed again whenever they are read, so they must come from what does
-    not change.
+    Up to `limit` rows come to the driver, in one partition: choose it by their width, and 0 where there are surely
+    more. size: how many there are, where the caller knows; else it is found out by computing the first of them, which
+    is lost work where there are more. More rows stay on the executors, cached, or, with cached=False, checkpointed
+    there: Delta's MERGE refuses a source that is in the cache. Serverless clusters have neither; there, more rows are
+    computed again whenever they are read, so they must come from what does not change.
     """
     columns = [column.alias(name) for name, column in totals.items()]
-    seen = Observation()
-    few = rows if at_most is not None and at_most <= limit else rows.limit(limit + 1)
-    table = few.observe(seen, F.count(F.lit(1)).alias("_rows"), *columns).toArrow()
-    if table.num_rows <= limit:
-        found = seen.get if table.num_rows else {}
-        # One partition: what groups or orders these rows next needs no shuffle.
-        local = rows.sparkSession.createDataFrame(table, rows.schema).coalesce(1)
-        return Cut(local, {name: found.get(name) for name in totals})
+    if limit and (size is None or size <= limit):
+        seen = Observation()
+        few = rows if size is not None else rows.limit(limit + 1)
+        table = few.observe(seen, F.count(F.lit(1)).alias("_rows"), *columns).toArrow()
+        if table.num_rows <= limit:
+            found = seen.get if table.num_rows else {}
+            # One partition: what groups or orders these rows next needs no shuffle.
+            local = rows.sparkSession.createDataFrame(table, rows.schema).coalesce(1)
+            return Cut(local, {name: found.get(name) for name in totals})
     try:
         kept = rows.persist() if cached else rows.localCheckpoint()
     except PySparkException:

@@ -16,7 +16,6 @@ from rich.live import Live
 from nightstream import progress
 from nightstream.errors import SourceError
 from nightstream.layers import BatchReport
-from nightstream.metrics import percentile
 from nightstream.settings import EventSource
 from nightstream.sources import recbole_name
 
@@ -120,7 +119,3 @@ class LiveLine:
             self._live.update(text)
         elif self.batches % 10 == 1:
             progress.say(text)
-
-    def percentile(self, share: float) -> float:
-        """The delay in seconds that `share` percent of the micro-batches did not exceed; 0 before the first."""
-        return percentile(self.delays, share)

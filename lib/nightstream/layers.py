@@ -66,7 +66,8 @@ def everyone(storage: Storage, settings: Settings) -> DataFrame:
 def apply_all(storage: Storage, settings: Settings, payload: Payload, writer: str, batch_id: int, now: datetime) -> int:
     """Refresh every known user over the whole history under one model and merge; returns the number of users."""
     events = live(storage.read(EVENTS), settings.events.retraction_type)
-    refreshed = serving.settled(call_refresh(storage, settings, payload, everyone(storage, settings), events, chunks=8))
+    lists = call_refresh(storage, settings, payload, everyone(storage, settings), events, chunks=8)
+    refreshed = serving.settled(lists, limit=0)
     rows = serving.commit(storage, refreshed, writer, batch_id, now)
     width = serving.list_width(storage, settings.serving.top_k)
     serving.merge(storage, rows, width, settings.serving.merge_attempts)

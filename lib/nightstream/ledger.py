@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -62,12 +62,11 @@ class Recorded:
     refold_users: DataFrame | None = None
     first_arrival: datetime | None = None
     _cuts: list[Cut] = field(default_factory=list, repr=False)
-    _writes: Future[None] | None = field(default=None, repr=False)
+    _writes: list[Future[None]] = field(default_factory=list, repr=False)
 
     def written(self) -> None:
         """Wait until all is in the tables. Raises what the writes have met."""
-        if self._writes is not None:
-            self._writes.result()
+        _finish(self._writes)
 
     def release(self) -> None:
         """Free the cached rows; the frames stay usable and are computed again."""
@@ -101,7 +100,8 @@ def record(
         "first": F.min(F.unix_micros("arrival_time")),
         "last": F.max(F.unix_micros("arrival_time")),
     }
-    arriving = cut(E.raw_rows(arrived), totals)
+    # A batch source is large: to try it on the driver first would read it twice.
+    arriving = cut(E.raw_rows(arrived), totals, limit=0 if transaction is None else LOCAL_ROWS)
     if not arriving.totals["raw"]:
         arriving.release()
         return Recorded(Counts(), {t.name: 0 for t in TABLES})
@@ -168,8 +168,8 @@ class _Booking:
         totals = {n: F.count_if(F.col("outcome") == n) for n in names}
         retraction = (F.col("event_type") == self.retraction_type) & (F.col("raw_id") == F.col("kept_raw_id"))
         totals |= {"retractions": F.count_if(retraction), "damaged": F.count_if(F.col("copies") > 1)}
-        version = None if self.raw <= LOCAL_ROWS else self.storage.version(EVENTS)
-        resolved = cut(self._resolve(self.storage.read(EVENTS, version)), totals, at_most=self.valid)
+        version = None if self.valid <= LOCAL_ROWS else self.storage.version(EVENTS)
+        resolved = cut(self._resolve(self.storage.read(EVENTS, version)), totals, size=self.valid)
         self.cuts.append(resolved)
         found: dict[str, Any] = resolved.totals
         if found["damaged"] or sum(found[n] for n in names) != self.valid:
@@ -185,7 +185,7 @@ class _Booking:
         tombstones = self._hint(E.tombstones(valid, self.retraction_type)) if self.retractions else None
         return E.settle(valid, self._hint(known), tombstones)
 
-    def _write(self, resolved: DataFrame | None, found: dict[str, int]) -> tuple[dict[str, int], Future[None] | None]:
+    def _write(self, resolved: DataFrame | None, found: dict[str, int]) -> tuple[dict[str, int], list[Future[None]]]:
         """Write what is not there yet; returns the rows added to each table, and the writes that still run."""
         added = {t.name: 0 for t in TABLES}
         tasks: list[Callable[[], None]] = []
@@ -209,14 +209,14 @@ class _Booking:
             fresh, added["raw_events"] = self._unknown(RAW_EVENTS, self.parsed, self.raw)
         raw = self._append(RAW_EVENTS, fresh, added)
         if self.transaction is not None and not superseding:
-            return added, _behind([*tasks, *raw])
-        _together(tasks if self.transaction is None else [*tasks, *raw])
+            return added, _start([*tasks, *raw])
+        _finish(_start(tasks if self.transaction is None else [*tasks, *raw]))
         if resolved is not None and superseding:
             # After duplicates: from events alone a replay could no longer tell what was replaced.
             self._merge(resolved)
         if self.transaction is None:
-            _together(raw)
-        return added, None
+            _finish(_start(raw))
+        return added, []
 
     def _unknown(self, spec: TableSpec, rows: DataFrame, count: int) -> tuple[DataFrame, int]:
         """The rows whose raw_id the table does not have yet, and how many they are; `count` is how many are given."""
@@ -246,7 +246,7 @@ class _Booking:
         with_retries(run, self.settings.serving.merge_attempts, "events")
 
     def _refold_users(
-        self, resolved: DataFrame, current: DataFrame, found: dict[str, int], writes: Future[None] | None
+        self, resolved: DataFrame, current: DataFrame, found: dict[str, int], writes: list[Future[None]]
     ) -> DataFrame | None:
         """Users of superseded and superseding events, and owners of retracted events.
 
@@ -264,9 +264,8 @@ class _Booking:
             retracted.append(current.where(F.col("event_type") == self.retraction_type).select("retracts"))
         if retracted:
             targets = _all(retracted).select(F.col("retracts").alias("event_id")).distinct()
-            if writes is not None:
-                # A retraction and its event may come together.
-                writes.result()
+            # A retraction and its event may come together.
+            _finish(writes)
             users.append(
                 self.storage.read(EVENTS).join(F.broadcast(targets), "event_id", "left_semi").select("user_id")
             )
@@ -307,19 +306,18 @@ def _all(frames: list[DataFrame]) -> DataFrame:
     return first
 
 
-def _behind(tasks: list[Callable[[], None]]) -> Future[None]:
-    pool = ThreadPoolExecutor(1)
-    try:
-        return pool.submit(_together, tasks)
-    finally:
-        pool.shutdown(wait=False)
-
-
-def _together(tasks: list[Callable[[], None]]) -> None:
-    """Run all, wait for all, then raise the first error."""
+def _start(tasks: list[Callable[[], None]]) -> list[Future[None]]:
+    """Run all, side by side."""
     if not tasks:
-        return
-    with ThreadPoolExecutor(len(tasks)) as pool:
-        futures = [pool.submit(task) for task in tasks]
-    for future in futures:
+        return []
+    pool = ThreadPoolExecutor(len(tasks))
+    futures = [pool.submit(task) for task in tasks]
+    pool.shutdown(wait=False)
+    return futures
+
+
+def _finish(running: list[Future[None]]) -> None:
+    """Wait for all, then raise the first error."""
+    wait(running)
+    for future in running:
         future.result()

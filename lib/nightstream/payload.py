@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from nightstream.blocks import Catalogue
 from nightstream.errors import ArtifactError
@@ -101,3 +102,9 @@ def names(items: Sequence[str], rows: np.ndarray) -> np.ndarray:
     """1-based catalogue rows -> object array of ids, None for 0."""
     table = np.array([None, *items], dtype=object)
     return table[rows]
+
+
+def rows_of(values: pa.Array, ids: pa.Array) -> np.ndarray:
+    """int64: 1-based positions of values in ids, 0 where absent."""
+    found = pc.index_in(values.cast(ids.type), value_set=ids)
+    return np.asarray(pc.fill_null(found, -1), dtype=np.int64) + 1

@@ -17,7 +17,7 @@ from pyspark.sql import functions as F
 from nightstream.blocks import Windows
 from nightstream.explain import STRATEGIES, reason_text
 from nightstream.features import transform_users
-from nightstream.payload import Loaded, Payload, combined, names
+from nightstream.payload import Loaded, Payload, combined, names, rows_of
 from nightstream.tables import LIST_ENTRY, REFRESHED
 from nightstream.window import fold
 
@@ -109,8 +109,8 @@ def windows_of(table: pa.Table, loaded: Loaded) -> Windows:
         return out
 
     events = window.flatten()
-    items = _rows(events.field("item_id"), loaded.item_ids)
-    types = _rows(events.field("event_type"), pa.array(model.event_types, pa.string()))
+    items = rows_of(events.field("item_id"), loaded.item_ids)
+    types = rows_of(events.field("event_type"), pa.array(model.event_types, pa.string()))
     times = np.asarray(events.field("event_time").cast(pa.timestamp("us")).cast(pa.int64()))
     values = loaded.statistics.scale_values(events.field("value"))
     seen, offsets = _seen(table, loaded)
@@ -130,7 +130,7 @@ def _seen(table: pa.Table, loaded: Loaded) -> tuple[np.ndarray, np.ndarray]:
     kept = np.asarray(pc.list_value_length(seen), dtype=np.int64)
     more = np.asarray(pc.fill_null(pc.list_value_length(older), 0), dtype=np.int64)
     rows = np.concatenate(
-        [_rows(seen.flatten().field("item_id"), loaded.item_ids), _rows(older.flatten(), loaded.item_ids)]
+        [rows_of(seen.flatten().field("item_id"), loaded.item_ids), rows_of(older.flatten(), loaded.item_ids)]
     )
     users = np.concatenate([np.repeat(np.arange(len(kept)), kept), np.repeat(np.arange(len(more)), more)])
     users, rows = users[rows > 0], rows[rows > 0]
@@ -160,12 +160,6 @@ def _entries(lists, loaded: Loaded) -> pa.ListArray:
     )
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), entry)
-
-
-def _rows(values: pa.Array, ids: pa.Array) -> np.ndarray:
-    """1-based positions of values in ids, 0 where absent."""
-    found = pc.index_in(values.cast(ids.type), value_set=ids)
-    return np.asarray(pc.fill_null(found, -1), dtype=np.int64) + 1
 
 
 def _flat(column: pa.ChunkedArray, field: str) -> pa.Array:

@@ -118,7 +118,7 @@ def strongest(matrix: sparse.csr_matrix, count: int) -> sparse.csr_matrix:
     kept = np.sort(order[place < count])
     out = sparse.csr_matrix((matrix.data[kept], (rows[kept], matrix.indices[kept])), shape=matrix.shape)
     out.sort_indices()
-    return out.astype(np.float32)
+    return out
 
 
 def covisitation(owner: np.ndarray, items: np.ndarray, rows: int, reach: int, neighbours: int) -> sparse.csr_matrix:
@@ -136,7 +136,7 @@ def covisitation(owner: np.ndarray, items: np.ndarray, rows: int, reach: int, ne
         total = total + forward + 0.5 * forward.T
     counts = np.maximum(np.bincount(items, minlength=rows), 1) + 5.0
     scale = sparse.diags(counts**-0.5)
-    return strongest((scale @ total @ scale).tocsr(), neighbours)
+    return strongest((scale @ total @ scale).tocsr(), neighbours).astype(np.float32)
 
 
 def item_knn(owner: np.ndarray, items: np.ndarray, rows: int, neighbours: int) -> sparse.csr_matrix:
@@ -151,7 +151,7 @@ def item_knn(owner: np.ndarray, items: np.ndarray, rows: int, neighbours: int) -
     together.setdiag(0)
     together.eliminate_zeros()
     scale = sparse.diags((size + 1.0) ** -0.5)
-    return strongest((scale @ together @ scale).tocsr(), neighbours)
+    return strongest((scale @ together @ scale).tocsr(), neighbours).astype(np.float32)
 
 
 def decayed_shares(items: np.ndarray, times: np.ndarray, rows: int, half_life_days: float) -> np.ndarray:

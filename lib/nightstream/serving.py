@@ -22,10 +22,13 @@ CLOCK_SKEW = timedelta(hours=1)
 LOCAL_USERS = 4_000
 
 
-def settled(refreshed: DataFrame) -> Cut:
-    """REFRESHED rows, computed now; totals: users, and overflowing: how many of them have overflowing seen entries."""
+def settled(refreshed: DataFrame, limit: int = LOCAL_USERS) -> Cut:
+    """REFRESHED rows, computed now; totals: users, and overflowing: how many of them have overflowing seen entries.
+
+    limit: of cutting.cut; 0 for all users of an installation.
+    """
     totals = {"users": F.count("user_id"), "overflowing": F.count_if(F.size("overflow") > 0)}
-    return cut(refreshed, totals, LOCAL_USERS, cached=False)
+    return cut(refreshed, totals, limit, cached=False)
 
 
 def commit(

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from nightstream import metrics
 from nightstream.blocks import RANK, TRAIN, Sequences
+from nightstream.retrieval import strongest
 from nightstream.similarity import best_columns, exclude
 from scipy import sparse
 
@@ -221,7 +222,7 @@ class ItemKNN:
         together.eliminate_zeros()
         entries = together.tocoo()
         together.data = entries.data / (np.sqrt(count[entries.row] * count[entries.col]) + self.shrink)
-        self.similar = _strongest(together, self.neighbours)
+        self.similar = strongest(together, self.neighbours)
         self.share = popularity(log, size, roles)
 
     def scores(self, histories: Histories) -> np.ndarray:
@@ -257,14 +258,3 @@ class Fusion:
 
     def settled(self) -> dict[str, Any]:
         return {}
-
-
-def _strongest(matrix: sparse.csr_matrix, count: int) -> sparse.csr_matrix:
-    """The matrix with the `count` greatest entries of each row; of equals the lower column."""
-    matrix = matrix.tocsr()
-    matrix.sort_indices()
-    rows = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
-    order = np.lexsort((matrix.indices, -matrix.data, rows))
-    place = np.arange(len(order)) - matrix.indptr[rows[order]]
-    kept = order[place < count]
-    return sparse.csr_matrix((matrix.data[kept], (rows[kept], matrix.indices[kept])), shape=matrix.shape)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from baselines import Histories
 from nightstream.blocks import Sequences, UserFeatures
-from nightstream.payload import combined
+from nightstream.payload import combined, rows_of
 from nightstream.steps.evaluate import Split
 from nightstream.window import fold
 from pyspark.sql import DataFrame, SparkSession
@@ -75,11 +75,6 @@ def log_of(parts: Split) -> Log:
         users.take(pa.array(starts)),
         item_ids,
     )
-
-
-def rows_of(values: pa.Array, item_ids: pa.Array) -> np.ndarray:
-    """int64: 1-based places of values in item_ids, 0 where absent."""
-    return np.asarray(pc.fill_null(pc.index_in(values, value_set=item_ids), -1), np.int64) + 1
 
 
 @dataclass(frozen=True)

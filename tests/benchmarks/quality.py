@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -102,10 +103,8 @@ def summaries(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], 
 
 def spread_text(values: Sequence[float]) -> str:
     """The mean, and where there are several ± their sample standard deviation."""
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.4f}"
-    return f"{mean:.4f} ± {(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5:.4f}"
+    mean = f"{statistics.fmean(values):.4f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
 
 
 def table_of(bench: Bench) -> Table:

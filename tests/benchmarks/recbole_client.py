@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from baselines import Histories, popular_rows
-from measuring import Log, rows_of
+from measuring import Log
 from nightstream import evaluation
 from nightstream.errors import NightstreamError
+from nightstream.payload import rows_of
 
 MODELS = {"recbole-gru4rec": "GRU4Rec", "recbole-caser": "Caser", "recbole-sasrec": "SASRec"}
 SCRIPT = Path(__file__).with_name("recbole_lists.py")

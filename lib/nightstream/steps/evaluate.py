@@ -14,10 +14,10 @@ from typing import Any, Literal
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from nightstream import catalogue, evaluation, fitting, progress, sources, splits
+from nightstream import catalogue, evaluation, fitting, ledger, progress, sources, splits
 from nightstream.errors import SourceError
 from nightstream.evaluation import Lister, Served
-from nightstream.events import NEW, live, parse, raw_rows, resolve
+from nightstream.events import NEW, live, raw_rows, resolve
 from nightstream.learning_files import write_atomically
 from nightstream.payload import Payload, encode_catalogue
 from nightstream.settings import Settings
@@ -116,9 +116,8 @@ def clean_events(spark: SparkSession, settings: Settings) -> DataFrame:
     Event ids are preceded by crc32 of "user_id/item_id", so that ties in time are broken by it whatever ids the source
     has. Raises SourceError for a source without a valid event.
     """
-    source, rules = settings.sources.events, settings.events
-    payloads = sources.read_events(spark, source)
-    parsed = raw_rows(parse(payloads, source.columns, source.time_unit, rules, settings.serving.default_user))
+    rules = settings.events
+    parsed = raw_rows(ledger.parsed(sources.read_events(spark, settings.sources.events), settings))
     nothing = spark.createDataFrame([], EVENTS.schema)
     distinct = resolve(parsed.where(F.col("reason").isNull()), nothing).where(F.col("outcome") == NEW)
     tie = F.lpad(F.crc32(F.concat("user_id", F.lit("/"), "item_id")).cast("string"), 10, "0")
