@@ -18,10 +18,10 @@ def follower(monkeypatch):
         gate.wait(10)
         if "bad" in rows:
             raise RuntimeError("a MERGE failed")
-        merged.append([rows] if isinstance(rows, str) else rows)
+        merged.append(rows)
 
     monkeypatch.setattr(serving, "list_width", lambda storage, top_k: top_k)
-    monkeypatch.setattr(serving, "newest", list)
+    monkeypatch.setattr(serving, "newest_committed", lambda storage, commits: list(commits))
     monkeypatch.setattr(serving, "merge", merge)
     made = following.Follower(None, 5, 1)
     made.merged, made.gate, made.begun = merged, gate, begun

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from nightstream import ledger
 from nightstream.errors import TableError
+from nightstream.known_ids import KnownIds
 from nightstream.ledger import Counts, check
 from nightstream.settings import load
 from nightstream.storage import Storage
@@ -31,9 +32,10 @@ def payloads(spark, lines, position="f"):
     return spark.createDataFrame(rows, "payload string, source string, position string, arrival_time timestamp")
 
 
-def record(storage, rows, settings, transaction=None):
+def record(storage, rows, settings, micro_batch=False, **options):
     """As the callers do; all writes done."""
-    recorded = ledger.record(storage, ledger.parsed(rows, settings), settings, transaction)
+    arriving = ledger.arrive(ledger.parsed(rows, settings), settings, micro_batch)
+    recorded = ledger.book(storage, arriving, settings, micro_batch, **options)
     recorded.written()
     return recorded
 
@@ -64,11 +66,11 @@ SECOND = [
 
 
 def test_every_row_ends_in_one_table(spark, settings, storage):
-    first = record(storage, payloads(spark, FIRST, "f1"), settings, ("app", 0))
+    first = record(storage, payloads(spark, FIRST, "f1"), settings, True)
     assert first.counts == Counts(4, 3, 1, 0)
     assert first.first_arrival == ARRIVAL
     assert first.refold_users is None
-    second = record(storage, payloads(spark, SECOND, "f2"), settings, ("app", 1))
+    second = record(storage, payloads(spark, SECOND, "f2"), settings, True)
     assert second.counts == Counts(8, 5, 1, 2)
     assert second.added == {"raw_events": 8, "events": 4, "quarantine": 1, "duplicates": 3}
     # Without its cache it is computed anew, from the tables that it has changed itself.
@@ -87,29 +89,47 @@ def test_every_row_ends_in_one_table(spark, settings, storage):
 
     # The same micro-batch again: nothing is added, and the caller sees what it saw the first time.
     before = contents(storage)
-    again = record(storage, payloads(spark, SECOND[::-1], "f2"), settings, ("app", 1))
+    again = record(storage, payloads(spark, SECOND[::-1], "f2"), settings, True)
     assert (again.counts, set(again.added.values())) == (second.counts, {0})
     assert ids(again.accepted) == {"a", "d"}
     assert ids(again.refold_users, "user_id") >= {"u1", "u9", "u3", "u5"}
     assert contents(storage) == before
 
     # A renewed checkpoint reads everything again under another identity; so does a batch ingest.
-    for transaction in (("other app", 0), None):
+    for micro_batch in (True, False):
         anew = payloads(spark, FIRST, "f1").unionByName(payloads(spark, SECOND, "f2"))
-        assert set(record(storage, anew, settings, transaction).added.values()) == {0}
+        assert set(record(storage, anew, settings, micro_batch).added.values()) == {0}
         assert contents(storage) == before
 
 
+@pytest.mark.parametrize("batch", [[line("n1"), line("n2")], [line("n1"), line("n1")], [line("a", "u1"), line("n1")]])
+def test_known_ids_spare_the_table_and_change_nothing(spark, settings, storage, monkeypatch, batch):
+    record(storage, payloads(spark, FIRST, "f1"), settings)
+    known = KnownIds.of(storage.read(EVENTS))
+    asked = []
+    resolve = ledger._Booking._resolve
+    monkeypatch.setattr(ledger._Booking, "_resolve", lambda self, before: asked.append(1) or resolve(self, before))
+    found = record(storage, payloads(spark, batch, "f2"), settings, True, fresh=True, known_ids=known)
+    new = len({json.loads(x)["event_id"] for x in batch} - {"a"})
+    assert found.counts == Counts(2, new, 0, 2 - new)
+    assert found.accepted_table["event_id"].to_pylist() == [r.event_id for r in found.accepted.collect()]
+    assert bool(asked) == (new < 2)
+    check(storage)
+    # What this batch brought is known to the next one.
+    again = record(storage, payloads(spark, [line("n1")], "f3"), settings, True, fresh=True, known_ids=known)
+    assert again.counts == Counts(1, 0, 0, 1)
+
+
 def test_an_event_after_its_retraction_is_stored_but_not_accepted(spark, settings, storage):
-    record(storage, payloads(spark, [retraction("r", "late")], "f1"), settings, ("app", 0))
-    late = record(storage, payloads(spark, [line("late"), line("other")], "f2"), settings, ("app", 1))
+    record(storage, payloads(spark, [retraction("r", "late")], "f1"), settings, True)
+    late = record(storage, payloads(spark, [line("late"), line("other")], "f2"), settings, True)
     assert ids(late.accepted) == {"other"}
     assert ids(storage.read(EVENTS)) == {"r", "late", "other"}
 
 
 def test_equal_repetitions_do_not_rewrite_the_stored_event(spark, settings, storage):
     for number in range(2):
-        result = record(storage, payloads(spark, [line("a")], f"f{number}"), settings, ("app", number))
+        result = record(storage, payloads(spark, [line("a")], f"f{number}"), settings, True)
     assert result.counts == Counts(1, 0, 0, 1)
     operations = {r.operation for r in storage.table(EVENTS).history().collect()}
     assert "MERGE" not in operations
@@ -123,9 +143,9 @@ def test_a_source_that_grew_adds_only_what_is_new(spark, settings, storage):
 
 
 def test_nothing_writes_nothing(spark, settings, storage):
-    nothing = record(storage, payloads(spark, [line("a")]).limit(0), settings, ("app", 0))
+    nothing = record(storage, payloads(spark, [line("a")]).limit(0), settings, True)
     assert (nothing.counts, nothing.accepted) == (Counts(), None)
-    broken = record(storage, payloads(spark, ["x"]), settings, ("app", 1))
+    broken = record(storage, payloads(spark, ["x"]), settings, True)
     assert (broken.counts, broken.accepted) == (Counts(1, 0, 1, 0), None)
     assert storage.table(EVENTS).history().count() == 1
 
@@ -148,18 +168,18 @@ def recorded(spark, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("point", "transaction"),
+    ("point", "micro_batch"),
     [
-        ("before raw_events", ("app", 1)),
-        ("before events", ("app", 1)),
-        ("before duplicates", ("app", 1)),
-        ("after merge", ("app", 1)),
-        ("before raw_events", None),
-        ("before events", None),
+        ("before raw_events", True),
+        ("before events", True),
+        ("before duplicates", True),
+        ("after merge", True),
+        ("before raw_events", False),
+        ("before events", False),
     ],
 )
 def test_a_crash_at_any_write_is_mended_by_a_replay(
-    spark, settings, storage, monkeypatch, recorded, point, transaction
+    spark, settings, storage, monkeypatch, recorded, point, micro_batch
 ):
     when, what = point.split()
     first, undisturbed = recorded
@@ -180,10 +200,10 @@ def test_a_crash_at_any_write_is_mended_by_a_replay(
         patch.setattr(Storage, "append", crashing(append, None))
         patch.setattr(ledger._Booking, "_merge", crashing(merge, "merge"))
         with pytest.raises(Crash):
-            record(storage, payloads(spark, SECOND, "f2"), settings, transaction)
-    replayed = record(storage, payloads(spark, SECOND, "f2"), settings, transaction)
+            record(storage, payloads(spark, SECOND, "f2"), settings, micro_batch)
+    replayed = record(storage, payloads(spark, SECOND, "f2"), settings, micro_batch)
     assert contents(storage) == undisturbed
-    if transaction is not None:
+    if micro_batch:
         assert ids(replayed.accepted) == {"a", "d"}
         assert ids(replayed.refold_users, "user_id") >= {"u1", "u9", "u3", "u5"}
 
@@ -194,5 +214,5 @@ def test_lost_rows_and_damaged_tables_are_noticed(spark, settings, storage):
     with pytest.raises(TableError, match=r"raw_events has 4 rows.*events \(4\)"):
         check(storage)
     with pytest.raises(TableError, match="more than once"):
-        record(storage, payloads(spark, [line("a", time=1)], "f2"), settings, ("app", 0))
+        record(storage, payloads(spark, [line("a", time=1)], "f2"), settings, True)
     assert storage.read(QUARANTINE).count() == 1

@@ -12,14 +12,15 @@ AT = datetime(2024, 5, 1, tzinfo=UTC)
 WIDTH = 3
 
 
-def refreshed(spark, *rows):
+def refreshed(spark, *rows, on_driver=True):
     """Refreshed rows from (user, revision, item ids[, overflowing item ids])."""
     made = []
     for user, revision, items, *surplus in rows:
         entries = [(n + 1, item, 1.0 - n / 10, "sequence", "why", None) for n, item in enumerate(items)]
         overflow = [(AT, item) for item in (surplus[0] if surplus else [])]
         made.append((user, revision, [], [], bool(overflow), [float(revision), 0.0], "m1", "c1", AT, entries, overflow))
-    return serving.settled(spark.createDataFrame(made, REFRESHED))
+    frame = spark.createDataFrame(made, REFRESHED)
+    return serving.settled(frame) if on_driver else serving.settled(frame, limit=0)
 
 
 def lists(storage):
@@ -29,7 +30,7 @@ def lists(storage):
 
 def commit_and_merge(storage, rows, batch_id, seconds=0):
     committed = serving.commit(storage, rows, "test", batch_id, AT + timedelta(seconds=seconds))
-    serving.merge(storage, committed, WIDTH, 1)
+    serving.merge(storage, committed.rows, WIDTH, 1)
 
 
 def test_a_shorter_list_leaves_no_surplus_rank(storage, spark):
@@ -42,7 +43,8 @@ def test_a_lower_top_k_removes_the_ranks_behind_it(storage, spark):
     commit_and_merge(storage, refreshed(spark, ("u", 1, ["a", "b", "c"])), 0)
     width = serving.list_width(storage, 1)
     assert width == 3
-    serving.merge(storage, serving.commit(storage, refreshed(spark, ("u", 2, ["a"])), "test", 1, AT), width, 1)
+    committed = serving.commit(storage, refreshed(spark, ("u", 2, ["a"])), "test", 1, AT)
+    serving.merge(storage, committed.rows, width, 1)
     assert lists(storage) == [("u", 1, "a", 2)]
 
 
@@ -53,6 +55,20 @@ def test_an_older_revision_never_overwrites_a_newer_one(storage, spark):
     (state,) = storage.read(USER_VECTORS).collect()
     assert (state.revision, list(state.vector)) == (5, [5.0, 0.0])
     assert lists(storage) == [("u", 1, "new", 5)]
+
+
+@pytest.mark.parametrize("on_driver", [(True, True), (True, False), (False, False)])
+def test_the_newest_of_several_commits_wherever_their_rows_are(storage, spark, on_driver):
+    first = refreshed(spark, ("u", 2, ["a"]), ("v", 1, ["b"]), on_driver=on_driver[0])
+    second = refreshed(spark, ("u", 1, ["old"]), ("w", 1, ["c"]), on_driver=on_driver[1])
+    commits = [serving.commit(storage, rows, "test", number, AT) for number, rows in enumerate((first, second))]
+    found = serving.newest_committed(storage, commits)
+    assert {(r.user_id, r.revision, r.writer, r.batch_id) for r in found.collect()} == {
+        ("u", 2, "test", 0),
+        ("v", 1, "test", 0),
+        ("w", 1, "test", 1),
+    }
+    assert found.columns == REFRESHES.schema.names
 
 
 def test_a_commit_happens_once_per_writer_and_batch(storage, spark):

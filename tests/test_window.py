@@ -5,14 +5,16 @@ from __future__ import annotations
 import random
 from datetime import UTC, datetime, timedelta
 
-from hypothesis import HealthCheck, given, settings
+import pyarrow as pa
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from nightstream.tables import EVENTS, USER_VECTORS
-from nightstream.window import fold
+from nightstream.tables import EVENTS
+from nightstream.window import STATES, TIME, FoldRules, fold, newest_rows
 
 EPOCH = datetime(2024, 1, 1, tzinfo=UTC)
 LENGTH, SEEN_LIMIT = 4, 5
-STATE = ["user_id", "revision", "window", "seen", "seen_overflowed"]
+RULES = FoldRules(LENGTH, SEEN_LIMIT, ["view"])
+NOBODY = STATES.empty_table()
 
 # Few ids, items and times, so that repetitions, ties and changed events are common.
 event = st.tuples(
@@ -58,20 +60,29 @@ def reference(events: list[tuple]) -> tuple[list, list, bool]:
     return [(f"e{e[0]}", e[2]) for e in window], seen[-SEEN_LIMIT:], len(seen) > SEEN_LIMIT
 
 
-def folded(spark, states, events, chunks=1):
-    return fold(states, events, LENGTH, SEEN_LIMIT, ["view"], chunks)
+def table(events: list[tuple]) -> pa.Table:
+    """EVENTS rows as Spark hands them over."""
+    names = [f.name for f in EVENTS.schema]
+    kinds = {"event_time": TIME, "arrival_time": TIME, "value": pa.float64()}
+    columns = list(zip(*events, strict=True)) or [[] for _ in names]
+    return pa.table({n: pa.array(c, kinds.get(n, pa.string())) for n, c in zip(names, columns, strict=True)})
 
 
-def as_plain(row) -> tuple[list, list, bool]:
-    window = [(e.event_id, round((e.event_time.replace(tzinfo=UTC) - EPOCH).total_seconds())) for e in row.window]
-    seen = [(round((s.event_time.replace(tzinfo=UTC) - EPOCH).total_seconds()), s.item_id) for s in row.seen]
-    return window, seen, row.seen_overflowed
+def folded(states: pa.Table, events: list[tuple]) -> pa.Table:
+    return fold(states, table(events), RULES)
 
 
-@settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.lists(scenario, min_size=150, max_size=150))
-def test_any_order_repetition_and_split_gives_the_same_state(spark, scenarios):
-    empty = spark.createDataFrame([], USER_VECTORS.schema)
+def as_plain(row: dict) -> tuple[list, list, bool]:
+    def seconds(time):
+        return round((time - EPOCH).total_seconds())
+
+    window = [(e["event_id"], seconds(e["event_time"])) for e in row["window"]]
+    return window, [(seconds(s["event_time"]), s["item_id"]) for s in row["seen"]], row["seen_overflowed"]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(scenario, min_size=1, max_size=12))
+def test_any_order_repetition_and_split_gives_the_same_state(scenarios):
     parts: list[list[tuple]] = [[], [], []]
     distinct = {}
     for number, (events, seed) in enumerate(scenarios):
@@ -85,32 +96,38 @@ def test_any_order_repetition_and_split_gives_the_same_state(spark, scenarios):
         rng.shuffle(delivered)
         for e in delivered:
             parts[rng.randrange(3)].append(rows_of(user, [e])[0])
-    states = empty
+    states = NOBODY
     for part in parts:
-        states = folded(spark, states.select(*STATE), spark.createDataFrame(part, EVENTS.schema)).localCheckpoint()
-    together = [row for part in parts for row in part]
-    once = folded(spark, empty.select(*STATE), spark.createDataFrame(together, EVENTS.schema), chunks=3)
-    in_parts = {r.user_id: as_plain(r) for r in states.collect()}
-    at_once = {r.user_id: as_plain(r) for r in once.collect()}
+        states = folded(states, part)
+    at_once = folded(NOBODY, [row for part in parts for row in part])
     expected = {user: reference(events) for user, events in distinct.items() if events}
-    assert in_parts == expected
-    assert at_once == expected
+    assert {r["user_id"]: as_plain(r) for r in states.to_pylist()} == expected
+    assert {r["user_id"]: as_plain(r) for r in at_once.to_pylist()} == expected
 
 
-def test_what_leaves_seen_is_handed_out_and_the_revision_is_kept(spark):
+def test_folding_a_state_into_nothing_changes_nothing():
+    state = folded(NOBODY, rows_of("u", [(n, 0, n, n, "view") for n in range(3)]))
+    again = folded(state, [])
+    assert again.drop_columns("overflow").equals(state.drop_columns("overflow"))
+
+
+def test_what_leaves_seen_is_handed_out_and_the_revision_is_kept():
     rows = rows_of("u", [(n, 0, n, n, "view") for n in range(8)])
-    state = [("u", 7, [], [], False)]
-    schema = "user_id string, revision bigint, " + ", ".join(
-        f"{n} {USER_VECTORS.schema[n].dataType.simpleString()}" for n in STATE[2:]
-    )
-    (row,) = folded(spark, spark.createDataFrame(state, schema), spark.createDataFrame(rows, EVENTS.schema)).collect()
-    assert row.revision == 7
-    assert [s.item_id for s in row.overflow] == ["i0", "i1", "i2"]
-    assert [s.item_id for s in row.seen] == ["i3", "i4", "i5", "i6", "i7"]
+    state = pa.table([["u"], [7], [[]], [[]], [False]], schema=STATES)
+    (row,) = folded(state, rows).to_pylist()
+    assert row["revision"] == 7
+    assert [s["item_id"] for s in row["overflow"]] == ["i0", "i1", "i2"]
+    assert [s["item_id"] for s in row["seen"]] == ["i3", "i4", "i5", "i6", "i7"]
+    assert row["seen_overflowed"]
 
 
-def test_a_user_with_only_impressions_is_known_with_an_empty_window(spark):
-    rows = rows_of("u", [(1, 0, 1, 1, "impression")])
-    empty = spark.createDataFrame([], USER_VECTORS.schema)
-    (row,) = folded(spark, empty, spark.createDataFrame(rows, EVENTS.schema)).collect()
-    assert (row.user_id, row.window, row.seen, row.revision) == ("u", [], [], 0)
+def test_a_user_with_only_impressions_is_known_with_an_empty_window():
+    (row,) = folded(NOBODY, rows_of("u", [(1, 0, 1, 1, "impression")])).to_pylist()
+    assert (row["user_id"], row["window"], row["seen"], row["revision"]) == ("u", [], [], 0)
+
+
+def test_of_the_rows_of_a_user_the_highest_revision_stays():
+    first = pa.table([["a", "b"], [1, 5], [[], []], [[], []], [False, False]], schema=STATES)
+    second = pa.table([["b", "a"], [4, 2], [[], []], [[], []], [True, True]], schema=STATES)
+    found = newest_rows([first, second]).to_pylist()
+    assert [(r["user_id"], r["revision"], r["seen_overflowed"]) for r in found] == [("a", 2, True), ("b", 5, False)]

@@ -11,19 +11,29 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 from pyspark.errors import PySparkException
-from pyspark.sql import Column, DataFrame, Observation
+from pyspark.sql import Column, DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql.types import StructType
 
 LOCAL_ROWS = 20_000
 
 
 @dataclass(frozen=True)
 class Cut:
-    """rows: the frame, cut off. totals: the totals asked for, by name; None where there is no row."""
+    """rows: the frame, cut off. totals: the totals asked for, by name; None where there is no row. table: the rows,
+    where they are on the driver."""
 
     rows: DataFrame
     totals: dict[str, Any]
+    table: pa.Table | None = None
+
+    @classmethod
+    def of(cls, spark: SparkSession, table: pa.Table, schema: StructType, totals: Mapping[str, Any]) -> Cut:
+        """Rows that are on the driver."""
+        # One partition: what groups or orders these rows next needs no shuffle.
+        return cls(spark.createDataFrame(table, schema).coalesce(1), dict(totals), table)
 
     def release(self) -> None:
         """Free what is cached; the frame stays usable and is computed again."""
@@ -53,9 +63,7 @@ def cut(
         table = few.observe(seen, F.count(F.lit(1)).alias("_rows"), *columns).toArrow()
         if table.num_rows <= limit:
             found = seen.get if table.num_rows else {}
-            # One partition: what groups or orders these rows next needs no shuffle.
-            local = rows.sparkSession.createDataFrame(table, rows.schema).coalesce(1)
-            return Cut(local, {name: found.get(name) for name in totals})
+            return Cut.of(rows.sparkSession, table, rows.schema, {name: found.get(name) for name in totals})
     try:
         kept = rows.persist() if cached else rows.localCheckpoint()
     except PySparkException:

@@ -55,7 +55,10 @@ def cut_source(source: EventSource, fraction: float, target: Path) -> Cut:
 
 
 class Feed:
-    """Writes the events into a folder, in order, `size` a file, evenly over `seconds`, in a thread of its own."""
+    """Writes the events into a folder, in order, `size` a file, evenly over `seconds`, in a thread of its own.
+
+    Begins when `begin` is called inside its `with` block.
+    """
 
     def __init__(self, events: list[str], folder: Path, size: int, seconds: float) -> None:
         self.files = [events[i : i + size] for i in range(0, len(events), size)]
@@ -66,12 +69,15 @@ class Feed:
 
     def __enter__(self) -> Feed:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def begin(self) -> None:
+        self._thread.start()
 
     def _write(self) -> None:
         begun = time.monotonic()

@@ -15,10 +15,10 @@ from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from nightstream.payload import Payload
-from nightstream.refresh import refresh
+from nightstream.refresh import Refresher, refresh, unfolded
 from nightstream.splits import TEST
 from nightstream.tables import SEEN, WINDOW, WINDOW_EVENT
-from nightstream.window import unfolded
+from nightstream.window import FoldRules
 
 CUTOFFS = (5, 10, 20)
 LIST_LENGTH = max(CUTOFFS)
@@ -54,17 +54,8 @@ class Served:
 
     def lists(self, states: DataFrame, events: DataFrame, users: DataFrame) -> DataFrame:
         """States and events -> user_id, items (the best LIST_LENGTH)."""
-        refreshed = refresh(
-            states,
-            events,
-            users,
-            None,
-            self.payload,
-            length=self.window_length,
-            seen_limit=_ALL_SEEN,
-            window_types=self.window_types,
-            top_k=LIST_LENGTH,
-        )
+        rules = FoldRules(self.window_length, _ALL_SEEN, tuple(self.window_types))
+        refreshed = refresh(states, events, users, None, Refresher(self.payload, rules, LIST_LENGTH))
         return refreshed.select("user_id", "items")
 
 

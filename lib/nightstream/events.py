@@ -212,23 +212,44 @@ def _microseconds(text: Column, unit: str) -> Column:
     return F.coalesce(from_number, F.when(shaped, F.unix_micros(stamp.try_cast("timestamp"))))
 
 
-def known(events: DataFrame, ids: DataFrame, retraction_type: str) -> DataFrame:
-    """What `events` knows of the event ids: one row per id found there as an event or as the target of a retraction.
+def mentions(events: DataFrame, ids: DataFrame, retraction_type: str) -> DataFrame:
+    """The rows of `events` that are, or retract, one of the event ids, with that id in the column mentioned.
 
-    ids: one column event_id, repetitions do no harm. Columns: event_id, old (struct of the EVENTS columns, null where
-    only a retraction names the id), copies (rows of `events` with this id: more than 1 is damage), retracted.
+    ids: one column event_id, repetitions do no harm. A row that does both stands there twice.
     """
     retraction = (F.col("event_type") == retraction_type) & F.col("retracts").isNotNull()
     # One pass over the table for both questions: it is the largest there is.
     both = F.when(retraction, F.array("event_id", "retracts")).otherwise(F.array("event_id"))
-    rows = events.withColumn("_id", F.explode(both)).join(
-        ids.select(F.col("event_id").alias("_id")), "_id", "left_semi"
-    )
-    own = F.col("_id") == F.col("event_id")
-    return rows.groupBy(F.col("_id").alias("event_id")).agg(
+    wanted = ids.select(F.col("event_id").alias("mentioned"))
+    return events.withColumn("mentioned", F.explode(both)).join(wanted, "mentioned", "left_semi")
+
+
+def known(events: DataFrame, ids: DataFrame, retraction_type: str) -> DataFrame:
+    """What `events` knows of the event ids: one row per id found there as an event or as the target of a retraction.
+
+    ids: as in `mentions`. Columns: event_id, old (struct of the EVENTS columns, null where only a retraction names the
+    id), copies (rows of `events` with this id: more than 1 is damage), retracted.
+    """
+    rows = mentions(events, ids, retraction_type)
+    own = F.col("mentioned") == F.col("event_id")
+    retraction = F.col("event_type") == retraction_type
+    return rows.groupBy(F.col("mentioned").alias("event_id")).agg(
         F.max(F.when(own, F.struct(*EVENTS.schema.names))).alias("old"),
         F.count_if(own).alias("copies"),
-        F.bool_or(retraction & (F.col("_id") == F.col("retracts"))).alias("retracted"),
+        F.bool_or(retraction & (F.col("mentioned") == F.col("retracts"))).alias("retracted"),
+    )
+
+
+def all_new(valid: DataFrame) -> DataFrame:
+    """What `settle` gives where no event_id occurs twice, in `valid` or in `events`, and no retraction names one."""
+    return valid.withColumns(
+        {
+            "old": F.lit(None).cast(EVENTS.schema),
+            "copies": F.lit(None).cast("long"),
+            "kept_raw_id": F.col("raw_id"),
+            "outcome": F.lit(NEW),
+            "dead": F.lit(False),
+        }
     )
 
 

@@ -6,14 +6,13 @@ import threading
 import time
 from collections.abc import Callable
 
-from pyspark.sql import DataFrame
-
 from nightstream import serving
+from nightstream.cutting import Cut
 from nightstream.storage import Storage
 
-# So many micro-batches may be committed and not merged yet: they are held in memory, and each one makes the next
-# micro-batch's view of its users longer to compute.
-MOST_PENDING = 8
+# So many micro-batches may be committed and not merged yet: they are held in memory.
+MOST_PENDING = 64
+REST = 2.0  # times as long as the MERGEs took
 LONGEST_REST = 10.0  # seconds
 
 
@@ -21,32 +20,32 @@ class Follower:
     """Merges committed rows into the serving tables while the next micro-batches are computed.
 
     A MERGE costs seconds whatever its size, so all that was committed during one goes together into the next. After
-    each it rests as long as it took: on few cores it would else take half of them from the micro-batches.
+    each it rests for REST times as long: on few cores it would else take half of them from the micro-batches.
     """
 
     def __init__(self, storage: Storage, top_k: int, attempts: int) -> None:
         self.storage, self.attempts = storage, attempts
         self.width = serving.list_width(storage, top_k)
-        self._pending: list[DataFrame] = []
+        self._pending: list[Cut] = []
         self._error: Exception | None = None
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._awaited = 0
 
-    def pending(self) -> list[DataFrame]:
-        """Rows of `refreshes` that the serving tables may lack, in the order of their commits.
+    def pending(self) -> list[Cut]:
+        """Commits that the serving tables may lack, in the order of their commits.
 
         Ask before reading those tables: then one of the two has each row.
         """
         with self._changed:
             return list(self._pending)
 
-    def add(self, rows: DataFrame) -> None:
+    def add(self, commit: Cut) -> None:
         """Take over committed rows. Waits while too many are pending. Raises what the MERGEs have met."""
         with self._changed:
             self._wait(lambda: len(self._pending) < MOST_PENDING or self._error is not None)
             self._raise()
-            self._pending.append(rows)
+            self._pending.append(commit)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._follow, name="merge", daemon=True)
                 self._thread.start()
@@ -80,7 +79,7 @@ class Follower:
                     return
             begun = time.monotonic()
             try:
-                rows = serving.newest(taken) if len(taken) > 1 else taken[0]
+                rows = serving.newest_committed(self.storage, taken)
                 serving.merge(self.storage, rows, self.width, self.attempts)
             except Exception as error:
                 with self._changed:
@@ -89,4 +88,5 @@ class Follower:
                 with self._changed:
                     del self._pending[: len(taken)]
                     self._changed.notify_all()
-                    self._changed.wait_for(lambda: self._awaited > 0, min(time.monotonic() - begun, LONGEST_REST))
+                    rest = min(REST * (time.monotonic() - begun), LONGEST_REST)
+                    self._changed.wait_for(lambda: self._awaited > 0, rest)

@@ -7,47 +7,46 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from nightstream import catalogue, registry, serving
-from nightstream.cutting import cut
+from nightstream.cutting import Cut, cut
 from nightstream.events import live
 from nightstream.following import Follower
-from nightstream.ledger import Recorded, record
+from nightstream.known_ids import KnownIds
+from nightstream.ledger import Recorded, arrive, book
 from nightstream.payload import Payload
-from nightstream.refresh import refresh
+from nightstream.refresh import OVERFLOW_COLUMNS, STATE_COLUMNS, USER_COLUMNS, Refresher, refresh, unfolded
 from nightstream.settings import Settings
 from nightstream.storage import Storage
 from nightstream.tables import EVENTS, ITEMS, MODELS, SEEN_OVERFLOW, USER_VECTORS, USERS
-from nightstream.window import unfolded
+from nightstream.window import FoldRules, newest_rows, states_of
 
 log = logging.getLogger(__name__)
 
-STATE_COLUMNS = ("user_id", "revision", "window", "seen", "seen_overflowed")
+# Up to so many users of a micro-batch are refreshed on the driver, which has the model at hand; more are sent to the
+# executors, which takes some seconds before the first of them is refreshed.
+DRIVER_USERS = 1_000
 
 
-def call_refresh(
-    storage: Storage, settings: Settings, payload: Payload, states: DataFrame, events: DataFrame, chunks: int = 1
-) -> DataFrame:
-    """`refresh` with this installation's settings and side tables."""
-    overflow = storage.read(SEEN_OVERFLOW) if storage.exists(SEEN_OVERFLOW) else None
-    return refresh(
-        states,
-        events,
-        storage.read_or_empty(USERS),
-        overflow,
-        payload,
-        length=settings.window.length,
-        seen_limit=settings.window.seen_limit,
-        window_types=settings.events.window_types,
-        top_k=settings.serving.top_k,
-        chunks=chunks,
-    )
+def refresher(settings: Settings, payload: Payload) -> Refresher:
+    """The refresh under this installation's settings."""
+    window = settings.window
+    rules = FoldRules(window.length, window.seen_limit, tuple(settings.events.window_types))
+    return Refresher(payload, rules, settings.serving.top_k)
+
+
+def side_tables(storage: Storage) -> tuple[DataFrame, DataFrame | None]:
+    """USERS, and SEEN_OVERFLOW where there is one."""
+    return storage.read_or_empty(USERS), storage.read(SEEN_OVERFLOW) if storage.exists(SEEN_OVERFLOW) else None
 
 
 def everyone(storage: Storage, settings: Settings) -> DataFrame:
@@ -66,11 +65,11 @@ def everyone(storage: Storage, settings: Settings) -> DataFrame:
 def apply_all(storage: Storage, settings: Settings, payload: Payload, writer: str, batch_id: int, now: datetime) -> int:
     """Refresh every known user over the whole history under one model and merge; returns the number of users."""
     events = live(storage.read(EVENTS), settings.events.retraction_type)
-    lists = call_refresh(storage, settings, payload, everyone(storage, settings), events, chunks=8)
-    refreshed = serving.settled(lists, limit=0)
-    rows = serving.commit(storage, refreshed, writer, batch_id, now)
+    states = everyone(storage, settings)
+    refreshed = serving.settled(refresh(states, events, *side_tables(storage), refresher(settings, payload)), limit=0)
+    commit = serving.commit(storage, refreshed, writer, batch_id, now)
     width = serving.list_width(storage, settings.serving.top_k)
-    serving.merge(storage, rows, width, settings.serving.merge_attempts)
+    serving.merge(storage, commit.rows, width, settings.serving.merge_attempts)
     return refreshed.totals["users"] or 0
 
 
@@ -87,6 +86,14 @@ class BatchReport:
     visible_seconds: float
     delay_seconds: float | None
     model_version: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question for what the tables know of some users (string [B]), and its answer, see _known_of."""
+
+    users: pa.Array
+    answer: Future[tuple[pa.Table, pa.Table, pa.Table | None]]
 
 
 class SpeedLayer:
@@ -110,9 +117,17 @@ class SpeedLayer:
         self.clock, self.on_batch = clock, on_batch
         self.payload = self._load()
         self.follower = Follower(storage, settings.serving.top_k, settings.serving.merge_attempts)
+        self._pool = ThreadPoolExecutor(1, "ask")
+        self._known_ids: KnownIds | None = None
         self._some_behind = True
         self._seen_commits: tuple[int | None, int | None] | None = None
         self._looked_at = time.monotonic()
+
+    def start(self) -> None:
+        """Merge what an earlier process committed and did not merge; before the first micro-batch."""
+        serving.merge_tail(self.storage, self.follower.width, self.settings.serving.merge_attempts)
+        self.payload.load()
+        self._known_ids = KnownIds.of(self.storage.read_or_empty(EVENTS))
 
     def __call__(self, arrived: DataFrame, batch_id: int) -> None:
         """Record the rows (see ledger.parsed), refresh their users, commit; the MERGEs follow behind.
@@ -120,24 +135,25 @@ class SpeedLayer:
         Repeating a batch changes nothing. Raises what the MERGEs of earlier batches have met.
         """
         begun = time.monotonic()
-        storage = self.storage
+        storage, settings = self.storage, self.settings
         first = not self.writer
         if first:
             self.writer = self._writer_of()
-            serving.merge_tail(storage, self.follower.width, self.settings.serving.merge_attempts)
         self._look_for_news()
-        recorded = record(storage, arrived, self.settings, (self.writer, batch_id))
+        arriving = arrive(arrived, settings, micro_batch=True)
+        ahead = self._ask_ahead(arriving)
+        # Spark repeats a micro-batch only as the first one after a start.
+        recorded = book(storage, arriving, settings, micro_batch=True, fresh=not first, known_ids=self._known_ids)
         try:
             if first and serving.is_committed(storage, self.writer, batch_id):
                 return
-            refreshed = serving.settled(self._refresh(recorded))
+            refreshed = self._refresh(recorded, ahead)
         finally:
             # Whatever happens, no write may run on: this batch may come again.
             recorded.written()
             recorded.release()
         now = self.clock()
-        rows = serving.commit(storage, refreshed, self.writer, batch_id, now)
-        self.follower.add(rows)
+        self.follower.add(serving.commit(storage, refreshed, self.writer, batch_id, now, fresh=True))
         self.on_batch(
             BatchReport(
                 batch_id,
@@ -155,15 +171,47 @@ class SpeedLayer:
         """Wait until all that is committed is merged. Raises what the MERGEs have met; the next start merges then."""
         self.follower.settle()
 
-    def _refresh(self, recorded: Recorded) -> DataFrame:
-        """Refresh the users of the micro-batch, and some of those that are still under an older model."""
-        storage, settings = self.storage, self.settings
-        history = live(storage.read(EVENTS), settings.events.retraction_type)
-        events = recorded.accepted if recorded.accepted is not None else history.limit(0)
+    def _ask_ahead(self, arriving: Cut) -> Asked | None:
+        """Ask for the users of the arriving rows, while it is found out which rows are new."""
+        if arriving.table is None:
+            return None
+        users = pc.unique(arriving.table["user_id"].drop_null())
+        return self._ask(users) if 0 < len(users) <= DRIVER_USERS else None
+
+    def _ask(self, users: pa.Array) -> Asked:
         pending = self.follower.pending()
-        table = storage.read(USER_VECTORS)
+        return Asked(users, self._pool.submit(_known_of, self.storage, users, pending))
+
+    def _refresh(self, recorded: Recorded, ahead: Asked | None) -> Cut:
+        """Refresh the users of the micro-batch, and some of those that are still under an older model."""
+        behind = self._behind()
+        events = recorded.accepted_table
+        on_driver = events is not None or recorded.accepted is None
+        if on_driver and recorded.refold_users is None and (behind is None or behind.table is not None):
+            named = [t["user_id"] for t in (events, behind.table if behind is not None else None) if t is not None]
+            users = pc.unique(pa.chunked_array([c for column in named for c in column.chunks], pa.string()))
+            if len(users) <= DRIVER_USERS:
+                return self._refresh_here(users, events, ahead)
+        return serving.settled(self._refresh_there(recorded, None if behind is None else behind.rows))
+
+    def _refresh_here(self, users: pa.Array, events: pa.Table | None, ahead: Asked | None) -> Cut:
+        """On the driver. users: string [B], those to refresh. events: EVENTS rows of some of them."""
+        spark = self.storage.spark
+        if ahead is None or not pc.all(pc.is_in(users, value_set=ahead.users)).as_py():
+            ahead = self._ask(users)
+        states, described, older = ahead.answer.result()
+        states = states.filter(pc.is_in(states["user_id"], value_set=users))
+        if events is None:
+            events = spark.createDataFrame([], EVENTS.schema).toArrow()
+        refreshed = refresher(self.settings, self.payload)(states, events, described, older)
+        return serving.settled_table(spark, refreshed)
+
+    def _refresh_there(self, recorded: Recorded, behind: DataFrame | None) -> DataFrame:
+        """On the executors; any number of users, some of them folded again over their whole history."""
+        storage, pending = self.storage, self.follower.pending()
+        history = live(storage.read(EVENTS), self.settings.events.retraction_type)
+        events = recorded.accepted if recorded.accepted is not None else history.limit(0)
         touched = events.select("user_id")
-        behind = self._behind(table, pending)
         if behind is not None:
             touched = touched.unionByName(behind)
         refold = recorded.refold_users
@@ -171,26 +219,34 @@ class SpeedLayer:
             recorded.written()
             refold = F.broadcast(refold)
             again = history.join(refold, "user_id", "left_semi")
-            events = events.join(refold, "user_id", "left_anti").unionByName(again)
+            events = events.join(refold, "user_id", "left_anti").unionByName(again.select(*events.columns))
             touched = touched.unionByName(refold)
         touched = F.broadcast(touched.distinct())
-        states = [f.select(*STATE_COLUMNS).join(touched, "user_id", "left_semi") for f in (table, *pending)]
+        frames = [storage.read(USER_VECTORS), *(commit.rows for commit in pending)]
+        states = [f.select(*STATE_COLUMNS).join(touched, "user_id", "left_semi") for f in frames]
         known = serving.newest(states) if pending else states[0]
         if refold is not None:
             kept = known.join(refold, "user_id", "left_anti")
             known = kept.unionByName(unfolded(known.join(refold, "user_id", "left_semi")))
-        return call_refresh(storage, settings, self.payload, known, events)
+        users, overflow = side_tables(storage)
+        users = users.join(touched, "user_id", "left_semi")
+        if overflow is not None:
+            overflow = overflow.join(touched, "user_id", "left_semi")
+        return refresh(known, events, users, overflow, refresher(self.settings, self.payload))
 
-    def _behind(self, table: DataFrame, pending: list[DataFrame]) -> DataFrame | None:
+    def _behind(self) -> Cut | None:
         """Some user_id whose newest row is under another model than the one that serves; None when nobody's is."""
         if not self._some_behind:
             return None
+        pending = self.follower.pending()
         columns = ("user_id", "revision", "model_version")
-        known = serving.newest([f.select(*columns) for f in (table, *pending)]) if pending else table
+        table = self.storage.read(USER_VECTORS)
+        frames = [f.select(*columns) for f in (table, *(commit.rows for commit in pending))]
+        known = serving.newest(frames) if pending else table
         found = known.where(F.col("model_version") != self.payload.model_version).select("user_id")
         some = cut(found.limit(self.settings.stream.handover_slice), {"users": F.count("user_id")})
         self._some_behind = bool(some.totals["users"])
-        return some.rows if self._some_behind else None
+        return some if self._some_behind else None
 
     def _load(self) -> Payload:
         row = registry.published(self.storage)
@@ -218,6 +274,36 @@ class SpeedLayer:
             self.payload = newest
         # What was committed while this ran is looked at next time.
         self._seen_commits = commits
+
+
+def _known_of(storage: Storage, users: pa.Array, pending: list[Cut]) -> tuple[pa.Table, pa.Table, pa.Table | None]:
+    """The newest states, the USERS rows, and where a state has overflowed the SEEN_OVERFLOW rows, of the users.
+
+    pending: commits that USER_VECTORS may lack, from before it is read.
+    """
+    wanted = F.broadcast(storage.spark.createDataFrame(pa.table({"user_id": users})))
+
+    def of_users(frame: DataFrame, columns: Sequence[str]) -> DataFrame:
+        return frame.select(*columns).join(wanted, "user_id", "left_semi")
+
+    described = storage.read_or_empty(USERS).select(*USER_COLUMNS)
+    both = of_users(storage.read(USER_VECTORS), STATE_COLUMNS).unionByName(
+        of_users(described, USER_COLUMNS), allowMissingColumns=True
+    )
+    # One job for both tables; a state has a revision.
+    found = both.toArrow()
+    is_state = pc.is_valid(found["revision"])
+    parts = [states_of(found.filter(is_state))]
+    for commit in pending:
+        if commit.table is not None:
+            rows = commit.table.filter(pc.is_in(commit.table["user_id"], value_set=users))
+        else:
+            rows = of_users(commit.rows, STATE_COLUMNS).toArrow()
+        parts.append(states_of(rows))
+    states, older = newest_rows(parts), None
+    if pc.any(states["seen_overflowed"]).as_py():
+        older = of_users(storage.read(SEEN_OVERFLOW), OVERFLOW_COLUMNS).toArrow()
+    return states, found.filter(pc.invert(is_state)).select(list(USER_COLUMNS)), older
 
 
 def utc_now() -> datetime:

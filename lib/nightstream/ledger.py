@@ -13,19 +13,22 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from nightstream import events as E
 from nightstream.cutting import LOCAL_ROWS, Cut, cut
 from nightstream.errors import TableError
+from nightstream.known_ids import HASHES, KnownIds, with_hashes
 from nightstream.settings import Settings
 from nightstream.storage import Storage, with_retries
 from nightstream.tables import DUPLICATES, EVENTS, QUARANTINE, RAW_EVENTS, TableSpec
 
 log = logging.getLogger(__name__)
 
-Transaction = tuple[str, int]
 TABLES = (RAW_EVENTS, EVENTS, QUARANTINE, DUPLICATES)
 # Up to so many rows of a batch, their ids (some 50 bytes each) go to every task instead of shuffling `events`.
 _BROADCAST_ROWS = 200_000
@@ -52,6 +55,7 @@ class Recorded:
     one to duplicates). After a crash, the replay counts only what it had to add itself.
     accepted: EVENTS rows of this call that may be folded into windows: no retractions, no retracted events; the same on
     a replay. None when nothing valid came.
+    accepted_table: the same rows where they are few enough to be on the driver, else None.
     refold_users: user_id of the users whose windows must be folded again from `events`, distinct; None when nobody.
     first_arrival: the earliest arrival time of the rows (UTC); None when they have none.
     """
@@ -59,6 +63,7 @@ class Recorded:
     counts: Counts
     added: dict[str, int]
     accepted: DataFrame | None = None
+    accepted_table: pa.Table | None = None
     refold_users: DataFrame | None = None
     first_arrival: datetime | None = None
     _cuts: list[Cut] = field(default_factory=list, repr=False)
@@ -80,19 +85,8 @@ def parsed(payloads: DataFrame, settings: Settings) -> DataFrame:
     return E.parse(payloads, source.columns, source.time_unit, settings.events, settings.serving.default_user)
 
 
-def record(
-    storage: Storage, arrived: DataFrame, settings: Settings, transaction: Transaction | None = None
-) -> Recorded:
-    """Book the rows of `parsed` (payload, source, position, arrival_time, and what was read) into the four tables.
-
-    Repeating a call with the same rows adds nothing, with and without a transaction, and completes what a crash left
-    half-done. transaction: (application, sequence number) of a micro-batch; the application must change with the
-    checkpoint, and a number must always mean the same rows, because Delta skips an append whose number it has seen.
-    With one, the appends may still run when this returns: `Recorded.written` waits for them. Without one (batch
-    ingest), raw_events is written last, and its rows tell what was booked completely.
-    Raises TableError when `events` holds an event_id more than once.
-    """
-    storage.create(*TABLES)
+def arrive(arrived: DataFrame, settings: Settings, micro_batch: bool = False) -> Cut:
+    """The rows of `parsed` with their raw_id, cut off for `book`; those of a small micro-batch are on the driver."""
     totals = {
         "raw": F.count(F.lit(1)),
         "quarantine": F.count("reason"),
@@ -100,12 +94,42 @@ def record(
         "first": F.min(F.unix_micros("arrival_time")),
         "last": F.max(F.unix_micros("arrival_time")),
     }
-    # A batch source is large: to try it on the driver first would read it twice.
-    arriving = cut(E.raw_rows(arrived), totals, limit=0 if transaction is None else LOCAL_ROWS)
+    if not micro_batch:
+        # A batch source is large: to try it on the driver first would read it twice.
+        return cut(E.raw_rows(arrived), totals, limit=0)
+    return cut(with_hashes(E.raw_rows(arrived)), totals)
+
+
+def book(
+    storage: Storage,
+    arriving: Cut,
+    settings: Settings,
+    micro_batch: bool = False,
+    fresh: bool = False,
+    known_ids: KnownIds | None = None,
+) -> Recorded:
+    """Book the rows of `arrive` (payload, source, position, arrival_time, and what was read) into the four tables.
+
+    Repeating a call with the same rows adds nothing, and completes what a crash left half-done.
+    micro_batch: the rows are those of a stream, few or many; the appends may still run when this returns, and
+    `Recorded.written` waits for them. Without it (batch ingest), raw_events is written last, and its rows tell what
+    was booked completely. fresh: nobody has tried to book these rows before, so they need not be looked for in
+    raw_events. Delta's own txnAppId would tell that too, at the price of a job over the table's log per append.
+    known_ids: of all that `events` holds, kept up to date here; without it the table is asked for the ids.
+    Raises TableError when `events` holds an event_id more than once.
+    """
+    storage.create(*TABLES)
     if not arriving.totals["raw"]:
         arriving.release()
         return Recorded(Counts(), {t.name: 0 for t in TABLES})
-    return _Booking(storage, settings, transaction, arriving).run()
+    return _Booking(storage, settings, arriving, micro_batch, fresh, known_ids).run()
+
+
+def record(
+    storage: Storage, arrived: DataFrame, settings: Settings, micro_batch: bool = False, fresh: bool = False
+) -> Recorded:
+    """`arrive` and `book`."""
+    return book(storage, arrive(arrived, settings, micro_batch), settings, micro_batch, fresh)
 
 
 def check(storage: Storage) -> dict[str, int]:
@@ -128,16 +152,25 @@ def check(storage: Storage) -> dict[str, int]:
 class _Booking:
     """One call of `record`, step by step."""
 
-    def __init__(self, storage: Storage, settings: Settings, transaction: Transaction | None, arrived: Cut) -> None:
-        self.storage, self.settings, self.transaction = storage, settings, transaction
-        self.cuts, self.parsed, totals = [arrived], arrived.rows, arrived.totals
+    def __init__(
+        self,
+        storage: Storage,
+        settings: Settings,
+        arrived: Cut,
+        micro_batch: bool,
+        fresh: bool,
+        known_ids: KnownIds | None,
+    ) -> None:
+        self.storage, self.settings, self.known_ids = storage, settings, known_ids
+        self.micro_batch, self.fresh = micro_batch, micro_batch and fresh
+        self.cuts, self.parsed, self.table, totals = [arrived], arrived.rows, arrived.table, arrived.totals
         self.raw, self.quarantine, self.retractions = (totals[n] for n in ("raw", "quarantine", "retractions"))
         self.valid = self.raw - self.quarantine
         first, last = totals["first"], totals["last"]
         self.first_arrival = None if first is None else _EPOCH + timedelta(microseconds=first)
         # What a micro-batch wrote before has its rows' arrival times: Delta then skips most files of large tables.
         self.span: Column | None = None
-        if transaction is not None and first is not None:
+        if micro_batch and first is not None:
             between = F.col("arrival_time").between(*(F.timestamp_micros(F.lit(t)) for t in (first, last)))
             self.span = F.col("arrival_time").isNull() | between
         self.retraction_type = settings.events.retraction_type
@@ -148,7 +181,7 @@ class _Booking:
             added, writes = self._write(None, {})
             self._log(added)
             counts = Counts(self.raw, 0, self.quarantine, 0)
-            return Recorded(counts, added, None, None, self.first_arrival, self.cuts, writes)
+            return Recorded(counts, added, None, None, None, self.first_arrival, self.cuts, writes)
         resolved, found = self._resolved()
         added, writes = self._write(resolved, found)
         self._log(added)
@@ -157,7 +190,36 @@ class _Booking:
         refold = self._refold_users(resolved, current, found, writes)
         accepted = current.where(~F.col("dead") & (F.col("event_type") != self.retraction_type))
         accepted = accepted.select(*EVENTS.schema.names)
-        return Recorded(counts, added, accepted, refold, self.first_arrival, self.cuts, writes)
+        table = None
+        if self.table is not None:
+            if found[E.NEW] == self.valid and not self.retractions:
+                table = self._valid_table().select(EVENTS.schema.names)
+            else:
+                table = accepted.toArrow()
+        return Recorded(counts, added, accepted, table, refold, self.first_arrival, self.cuts, writes)
+
+    def _valid_table(self) -> pa.Table:
+        assert self.table is not None
+        return self.table.filter(pc.is_null(self.table["reason"]))
+
+    def _brings_only_new(self) -> bool:
+        """Whether no event_id of the batch occurs twice, in it or in `events`, and no retraction is about."""
+        if self.table is None:
+            return False
+        valid = self._valid_table()
+        if self.known_ids is not None:
+            hashes = [np.asarray(valid[name], np.int64) for name in HASHES]
+            met_before = self.known_ids.may_hold(hashes[0])
+            # Known from here on, whatever becomes of this batch: a claim too many does no harm.
+            self.known_ids.add(np.concatenate(hashes))
+        if self.retractions or pc.count_distinct(valid["event_id"]).as_py() < self.valid:
+            return False
+        if self.known_ids is not None and not met_before:
+            return True
+        wanted = self.storage.spark.createDataFrame(valid.select(["event_id"]))
+        found = E.mentions(self.storage.read(EVENTS), F.broadcast(wanted), self.retraction_type)
+        # A replay finds as many as it brings, and so many are on the driver already.
+        return found.select("event_id").toArrow().num_rows == 0
 
     def _resolved(self) -> tuple[DataFrame, dict[str, int]]:
         """The valid rows with their outcome, and how often each outcome occurs.
@@ -165,6 +227,9 @@ class _Booking:
         Of `events` at one version: what is computed again later must not see what was written in between.
         """
         names = (E.NEW, E.SUPERSEDING, E.STORED, E.DUPLICATE)
+        if self._brings_only_new():
+            # The common case, told by one job; what follows takes several.
+            return E.all_new(self._valid_rows()), {**dict.fromkeys(names, 0), E.NEW: self.valid, "retractions": 0}
         totals = {n: F.count_if(F.col("outcome") == n) for n in names}
         retraction = (F.col("event_type") == self.retraction_type) & (F.col("raw_id") == F.col("kept_raw_id"))
         totals |= {"retractions": F.count_if(retraction), "damaged": F.count_if(F.col("copies") > 1)}
@@ -179,8 +244,11 @@ class _Booking:
             )
         return resolved.rows, found
 
+    def _valid_rows(self) -> DataFrame:
+        return self.parsed.where(F.col("reason").isNull())
+
     def _resolve(self, before: DataFrame) -> DataFrame:
-        valid = self.parsed.where(F.col("reason").isNull())
+        valid = self._valid_rows()
         known = E.known(before, self._hint(valid.select("event_id")), self.retraction_type)
         tombstones = self._hint(E.tombstones(valid, self.retraction_type)) if self.retractions else None
         return E.settle(valid, self._hint(known), tombstones)
@@ -205,16 +273,16 @@ class _Booking:
                 seen_before |= added["duplicates"] < repeated
                 tasks += self._append(DUPLICATES, copies, added)
         fresh, added["raw_events"] = self.parsed, self.raw
-        if seen_before or self.transaction is None:
+        if seen_before or not self.fresh:
             fresh, added["raw_events"] = self._unknown(RAW_EVENTS, self.parsed, self.raw)
         raw = self._append(RAW_EVENTS, fresh, added)
-        if self.transaction is not None and not superseding:
+        if self.micro_batch and not superseding:
             return added, _start([*tasks, *raw])
-        _finish(_start(tasks if self.transaction is None else [*tasks, *raw]))
+        _finish(_start([*tasks, *raw] if self.micro_batch else tasks))
         if resolved is not None and superseding:
             # After duplicates: from events alone a replay could no longer tell what was replaced.
             self._merge(resolved)
-        if self.transaction is None:
+        if not self.micro_batch:
             _finish(_start(raw))
         return added, []
 
@@ -232,7 +300,7 @@ class _Booking:
             return []
         files = added[spec.name] // _ROWS_PER_FILE + 1
         few = rows.coalesce(files) if self.small else rows
-        return [lambda: self.storage.append(spec, few, self.transaction)]
+        return [lambda: self.storage.append(spec, few)]
 
     def _merge(self, resolved: DataFrame) -> None:
         superseding = resolved.where(F.col("outcome") == E.SUPERSEDING).select(*EVENTS.schema.names)
@@ -256,7 +324,7 @@ class _Booking:
         if found[E.SUPERSEDING]:
             replaced.append(resolved.where(F.col("outcome") == E.SUPERSEDING).select("old.*"))
             replaced.append(resolved.where(F.col("outcome") == E.SUPERSEDING).select(*EVENTS.schema.names))
-        if found[E.STORED] and self.transaction is not None:
+        if found[E.STORED] and self.micro_batch:
             replaced += self._replaced_before(current)
         users = [r.select("user_id") for r in replaced]
         retracted = [r.where(F.col("event_type") == self.retraction_type).select("retracts") for r in replaced]
@@ -287,7 +355,7 @@ class _Booking:
         return F.broadcast(rows) if self.small else rows
 
     def _log(self, added: dict[str, int]) -> None:
-        log.info("recorded", extra={"rows": self.raw, "added": added, "transaction": self.transaction})
+        log.info("recorded", extra={"rows": self.raw, "added": added})
 
 
 def _duplicates(resolved: DataFrame) -> DataFrame:

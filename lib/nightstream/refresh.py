@@ -6,7 +6,7 @@ and replay. It is pure: no clock, no table, no randomness; equal inputs give equ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -15,66 +15,100 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from nightstream.blocks import Windows
+from nightstream.by_user import by_user
 from nightstream.explain import STRATEGIES, reason_text
 from nightstream.features import transform_users
 from nightstream.payload import Loaded, Payload, combined, names, rows_of
-from nightstream.tables import LIST_ENTRY, REFRESHED
-from nightstream.window import fold
+from nightstream.tables import LIST_ENTRY, REFRESHED, SEEN, WINDOW
+from nightstream.window import FoldRules, fold
+
+STATE_COLUMNS = ("user_id", "revision", "window", "seen", "seen_overflowed")
+EVENT_COLUMNS = ("user_id", "event_id", "event_time", "content_hash", "item_id", "event_type", "value")
+USER_COLUMNS = ("user_id", "categories", "numbers")
+OVERFLOW_COLUMNS = ("user_id", "item_id")
+
+
+@dataclass(frozen=True)
+class Refresher:
+    """The refresh under one model and one set of rules.
+
+    rules: of the fold. top_k: length of a list.
+    """
+
+    payload: Payload
+    rules: FoldRules
+    top_k: int
+
+    def __call__(self, states: pa.Table, events: pa.Table, users: pa.Table, overflow: pa.Table | None) -> pa.Table:
+        """States and live events -> one refreshed row per user of either side, in the shape of REFRESHED, by user_id.
+
+        states: user_id, revision, window, seen, seen_overflowed; no vector is needed, it is computed anew.
+        events: EVENTS rows, retractions taken out (see events.live).
+        users: USERS rows; a user that is missing there has no attributes, one that is on neither side is left out.
+        overflow: SEEN_OVERFLOW rows, or None where no state has overflowed.
+        The revision of each row is that of the state plus one; `overflow` in a row is what must go to the side table
+        before the row is committed; `as_of` is the newest event time in the window, null for an empty one.
+        """
+        folded = fold(states, events, self.rules)
+        for name in ("categories", "numbers"):
+            folded = folded.append_column(name, _attribute(folded["user_id"], users, name))
+        folded = folded.append_column("older_seen", _older(folded["user_id"], overflow))
+        return _scored(folded, self.payload, self.top_k)
 
 
 def refresh(
-    states: DataFrame,
-    events: DataFrame,
-    users: DataFrame,
-    overflow: DataFrame | None,
-    payload: Payload,
-    *,
-    length: int,
-    seen_limit: int,
-    window_types: Sequence[str],
-    top_k: int,
-    chunks: int = 1,
+    states: DataFrame, events: DataFrame, users: DataFrame, overflow: DataFrame | None, refresher: Refresher
 ) -> DataFrame:
-    """States and live events -> one refreshed row per user of either side, in the shape of REFRESHED.
-
-    states: user_id, revision, window, seen, seen_overflowed; no vector is needed, it is computed anew.
-    events: EVENTS rows, retractions taken out (see events.live).
-    users: USERS rows; a user that is missing there has no attributes.
-    overflow: SEEN_OVERFLOW rows, or None where no state has overflowed.
-    The revision of each row is that of the state plus one; `overflow` in a row is what must go to the side table
-    before the row is committed; `as_of` is the newest event time in the window, null for an empty one.
-    """
-    folded = fold(states, events, length, seen_limit, window_types, chunks)
-    joined = folded.join(users.select("user_id", "categories", "numbers"), "user_id", "left")
+    """The refresher over frames of any size, on the executors; frames as its tables."""
+    frames = {
+        "states": states.select(*STATE_COLUMNS),
+        "events": events.select(*EVENT_COLUMNS),
+        "users": users.select(*USER_COLUMNS),
+    }
     if overflow is not None:
-        older = overflow.groupBy("user_id").agg(F.collect_set("item_id").alias("older_seen"))
-        joined = joined.join(older, "user_id", "left")
-    else:
-        joined = joined.withColumn("older_seen", F.lit(None).cast("array<string>"))
-    return joined.mapInArrow(_scorer(payload, top_k), REFRESHED)
+        frames["overflow"] = overflow.select(*OVERFLOW_COLUMNS)
+
+    def whole_users(tables: dict[str, pa.Table]) -> pa.Table:
+        return refresher(tables["states"], tables["events"], tables["users"], tables.get("overflow"))
+
+    return by_user(frames, whole_users, REFRESHED)
 
 
-def _scorer(payload: Payload, top_k: int) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    def score(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        loaded: Loaded | None = None
-        for batch in batches:
-            if batch.num_rows:
-                loaded = loaded or payload.load()
-                yield _score_batch(pa.Table.from_batches([batch]), payload, loaded, top_k)
+def unfolded(states: DataFrame) -> DataFrame:
+    """States (user_id, revision) with an empty past: what a fold over a whole history starts from."""
+    return states.select(
+        "user_id",
+        "revision",
+        F.array().cast(WINDOW).alias("window"),
+        F.array().cast(SEEN).alias("seen"),
+        F.lit(False).alias("seen_overflowed"),
+    )
 
-    return score
+
+def _attribute(user_ids: pa.ChunkedArray, users: pa.Table, name: str) -> pa.ChunkedArray:
+    return users[name].take(pc.index_in(user_ids, value_set=combined(users["user_id"])))
 
 
-def _score_batch(table: pa.Table, payload: Payload, loaded: Loaded, top_k: int) -> pa.RecordBatch:
-    table = table.combine_chunks()
+def _older(user_ids: pa.ChunkedArray, overflow: pa.Table | None) -> pa.ListArray:
+    """list<string>, one entry per user: the consumed items of the side table."""
+    kind = pa.list_(pa.string())
+    if overflow is None or not overflow.num_rows:
+        return pa.nulls(len(user_ids), kind)
+    owner = pc.index_in(overflow["user_id"], value_set=combined(user_ids))
+    rows = pa.table({"owner": owner, "item_id": overflow["item_id"]}).filter(pc.is_valid(owner)).sort_by("owner")
+    sizes = np.bincount(np.asarray(rows["owner"], np.int64), minlength=len(user_ids))
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), combined(rows["item_id"]))
+
+
+def _scored(table: pa.Table, payload: Payload, top_k: int) -> pa.Table:
+    loaded = payload.load()
     lists = loaded.model.recommend(windows_of(table, loaded), loaded.catalogue, top_k)
     count = table.num_rows
-    empty = np.asarray(pc.list_value_length(table["window"])) == 0
-    window_times = _flat(table["window"], "event_time")
-    ends = np.cumsum(np.asarray(pc.list_value_length(table["window"])))
-    newest = pc.take(window_times, pa.array(np.where(empty, 0, ends - 1), mask=empty)) if len(window_times) else None
+    sizes = np.asarray(pc.list_value_length(combined(table["window"])), np.int64)
+    times = combined(table["window"]).flatten().field("event_time")
+    newest = times.take(pa.array(np.cumsum(sizes) - 1, mask=sizes == 0))
     vectors = lists.vectors.astype(np.float32)
-    flat_vectors = pa.array(vectors.reshape(-1))
     offsets = pa.array(np.arange(count + 1, dtype=np.int32) * vectors.shape[1])
     columns = {
         "user_id": table["user_id"],
@@ -82,14 +116,14 @@ def _score_batch(table: pa.Table, payload: Payload, loaded: Loaded, top_k: int) 
         "window": table["window"],
         "seen": table["seen"],
         "seen_overflowed": table["seen_overflowed"],
-        "vector": pa.ListArray.from_arrays(offsets, flat_vectors),
+        "vector": pa.ListArray.from_arrays(offsets, pa.array(vectors.reshape(-1))),
         "model_version": pa.array([payload.model_version] * count),
         "catalogue_version": pa.array([payload.catalogue_version] * count),
-        "as_of": newest if newest is not None else pa.nulls(count, pa.timestamp("us", tz="UTC")),
+        "as_of": newest,
         "overflow": table["overflow"],
         "items": _entries(lists, loaded),
     }
-    return pa.table([columns[f.name] for f in REFRESHED], names=REFRESHED.names).combine_chunks().to_batches()[0]
+    return pa.table([columns[f.name] for f in REFRESHED], names=REFRESHED.names)
 
 
 def windows_of(table: pa.Table, loaded: Loaded) -> Windows:
@@ -160,7 +194,3 @@ def _entries(lists, loaded: Loaded) -> pa.ListArray:
     )
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), entry)
-
-
-def _flat(column: pa.ChunkedArray, field: str) -> pa.Array:
-    return combined(column).flatten().field(field)

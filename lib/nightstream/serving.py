@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 
-from pyspark.sql import DataFrame, Window
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from nightstream.cutting import Cut, cut
 from nightstream.storage import Storage, with_retries
-from nightstream.tables import LIST_ENTRY, RECOMMENDATIONS, REFRESHES, SEEN_OVERFLOW, USER_VECTORS
+from nightstream.tables import LIST_ENTRY, RECOMMENDATIONS, REFRESHED, REFRESHES, SEEN_OVERFLOW, USER_VECTORS
+from nightstream.window import TIME, newest_rows
 
 CLOCK_SKEW = timedelta(hours=1)
 # A refreshed user with a full window and 2,000 seen items takes some 100 kB, so at most 400 MB on the driver.
@@ -31,14 +34,24 @@ def settled(refreshed: DataFrame, limit: int = LOCAL_USERS) -> Cut:
     return cut(refreshed, totals, limit, cached=False)
 
 
+def settled_table(spark: SparkSession, refreshed: pa.Table) -> Cut:
+    """As `settled`, of REFRESHED rows that were computed on the driver."""
+    overflowing = pc.sum(pc.greater(pc.list_value_length(refreshed["overflow"]), 0)).as_py() or 0
+    return Cut.of(spark, refreshed, REFRESHED, {"users": refreshed.num_rows, "overflowing": overflowing})
+
+
 def commit(
     storage: Storage,
     refreshed: Cut,
     writer: str,
     batch_id: int,
     refreshed_at: datetime,
-) -> DataFrame:
+    fresh: bool = False,
+) -> Cut:
     """Append one row per refreshed user to `refreshes`, once per (writer, batch_id). Returns the rows as committed.
+
+    fresh: the caller knows by `is_committed`, or has just begun it, that this batch is not committed yet; else Delta
+    looks for it in the table's log.
 
     refreshed: rows of the refresh, cut off by `settled`. Overflowing seen entries go to their side table first: were
     the order the other way round, a crash between the two would lose them.
@@ -49,11 +62,18 @@ def commit(
         storage.append(
             SEEN_OVERFLOW, entries.select("user_id", "o.item_id", "o.event_time"), (f"{writer}-seen", batch_id)
         )
-    rows = refreshed.rows.withColumns(
-        {"refreshed_at": F.lit(refreshed_at), "writer": F.lit(writer), "batch_id": F.lit(batch_id).cast("long")}
-    ).select(*REFRESHES.schema.names)
-    storage.append(REFRESHES, rows, (writer, batch_id))
-    return rows
+    told = {"refreshed_at": refreshed_at, "writer": writer, "batch_id": batch_id}
+    if refreshed.table is not None:
+        count = refreshed.table.num_rows
+        kinds = {"refreshed_at": TIME, "writer": pa.string(), "batch_id": pa.int64()}
+        columns = {name: pa.repeat(pa.scalar(told[name], kind), count) for name, kind in kinds.items()}
+        columns = {f.name: columns.get(f.name) or refreshed.table[f.name] for f in REFRESHES.schema}
+        committed = Cut.of(storage.spark, pa.table(columns), REFRESHES.schema, {})
+    else:
+        literals = {name: F.lit(value).cast(REFRESHES.schema[name].dataType) for name, value in told.items()}
+        committed = Cut(refreshed.rows.withColumns(literals).select(*REFRESHES.schema.names), {})
+    storage.append(REFRESHES, committed.rows, None if fresh else (writer, batch_id))
+    return committed
 
 
 def is_committed(storage: Storage, writer: str, batch_id: int) -> bool:
@@ -100,6 +120,14 @@ def newest(frames: Sequence[DataFrame]) -> DataFrame:
         first = first.unionByName(frame)
     order = Window.partitionBy("user_id").orderBy(F.desc("revision"))
     return first.withColumn("_place", F.row_number().over(order)).where("_place = 1").drop("_place")
+
+
+def newest_committed(storage: Storage, commits: Sequence[Cut]) -> DataFrame:
+    """`newest` over what `commit` returned, without a job where all of it is on the driver."""
+    tables = [each.table for each in commits if each.table is not None]
+    if len(tables) == len(commits):
+        return Cut.of(storage.spark, newest_rows(tables), REFRESHES.schema, {}).rows
+    return newest([each.rows for each in commits])
 
 
 def list_width(storage: Storage, top_k: int) -> int:

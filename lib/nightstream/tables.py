@@ -45,14 +45,19 @@ class TableSpec:
 
     @property
     def properties(self) -> dict[str, str]:
-        """Delta table properties: no deletion vectors, which DuckDB and delta-rs cannot read, and no identifiers in the
-        column statistics, where they would outlive the deletion of their rows."""
+        """Delta table properties: no deletion vectors, which DuckDB and delta-rs cannot read, no identifiers in the
+        column statistics, where they would outlive the deletion of their rows, and rarer checkpoints."""
         silent = (*_IDENTIFIERS, *_LONG_TEXTS)
         told = [f.name for f in self.schema if isinstance(f.dataType, _SMALL) and f.name not in silent]
         statistics = {"delta.dataSkippingStatsColumns": ",".join(told)}
         if not told:
             statistics = {"delta.dataSkippingNumIndexedCols": "0"}
-        return {"delta.enableDeletionVectors": "false", **statistics}
+        return {
+            "delta.enableDeletionVectors": "false",
+            # A checkpoint costs a micro-batch as much as several appends.
+            "delta.checkpointInterval": "50",
+            **statistics,
+        }
 
     def check(self, columns: Iterable[str]) -> None:
         """Raise TableError, naming the missing and the present columns, unless every column of the spec is there."""

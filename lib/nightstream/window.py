@@ -9,140 +9,166 @@ would want back: whatever was cut has N (or M) greater ones before it, in every 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from pyspark.sql import Column, DataFrame
-from pyspark.sql import functions as F
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from nightstream.tables import SEEN, WINDOW, WINDOW_EVENT
-
-
-def newest_events(events: Column, length: int) -> Column:
-    """array<WINDOW_EVENT> in any order, with repetitions -> the window: at most `length`, ascending (time, id)."""
-    by_id = F.sort_array(
-        F.transform(
-            events,
-            lambda e: F.struct(
-                e.event_id.alias("event_id"),
-                e.event_time.alias("event_time"),
-                e.content_hash.alias("content_hash"),
-                e.item_id.alias("item_id"),
-                e.event_type.alias("event_type"),
-                e.value.alias("value"),
-            ),
-        )
-    )
-    greatest = _last_of_each(by_id, "event_id")
-    ordered = F.sort_array(F.transform(greatest, lambda e: F.struct(*[e[f].alias(f) for f in WINDOW_EVENT.names])))
-    return _last(ordered, length).cast(WINDOW)
-
-
-def newest_seen(seen: Column) -> Column:
-    """array<(event_time, item_id)> with repetitions -> each item once with its newest time, ascending (time, item)."""
-    by_item = F.sort_array(
-        F.transform(seen, lambda s: F.struct(s.item_id.alias("item_id"), s.event_time.alias("event_time")))
-    )
-    newest = _last_of_each(by_item, "item_id")
-    return F.sort_array(
-        F.transform(newest, lambda s: F.struct(s.event_time.alias("event_time"), s.item_id.alias("item_id")))
-    )
+TIME = pa.timestamp("us", tz="UTC")
+# The columns of tables.WINDOW_EVENT and of an entry of tables.SEEN, in Arrow's types.
+EVENT_COLUMNS = {
+    "event_time": TIME,
+    "event_id": pa.string(),
+    "content_hash": pa.string(),
+    "item_id": pa.string(),
+    "event_type": pa.string(),
+    "value": pa.float64(),
+}
+SEEN_COLUMNS = {"event_time": TIME, "item_id": pa.string()}
+STATES = pa.schema(
+    {
+        "user_id": pa.string(),
+        "revision": pa.int64(),
+        "window": pa.list_(pa.struct(EVENT_COLUMNS)),
+        "seen": pa.list_(pa.struct(SEEN_COLUMNS)),
+        "seen_overflowed": pa.bool_(),
+    }
+)
+OWNER = "owner"
 
 
-def unfolded(states: DataFrame) -> DataFrame:
-    """States (user_id, revision) with an empty past: what a fold over a whole history starts from."""
-    return states.select(
-        "user_id",
-        "revision",
-        F.array().cast(WINDOW).alias("window"),
-        F.array().cast(SEEN).alias("seen"),
-        F.lit(False).alias("seen_overflowed"),
-    )
+@dataclass(frozen=True)
+class FoldRules:
+    """length: newest events in a window. seen_limit: newest seen items in a state. window_types: the event types that
+    enter a window; an event of another type makes its user known without having consumed anything."""
+
+    length: int
+    seen_limit: int
+    window_types: Sequence[str]
 
 
-def window_rows(events: DataFrame, window_types: Sequence[str]) -> DataFrame:
-    """Events -> one row per event in the shape of a state: user_id, window, seen.
-
-    An event of another type leaves both empty, so that its user is known without having consumed anything.
-    """
-    enters = F.col("event_type").isin(*window_types)
-    event = F.struct(*[F.col(f) for f in WINDOW_EVENT.names])
-    return events.select(
-        "user_id",
-        F.when(enters, F.array(event)).otherwise(F.array()).cast(WINDOW).alias("window"),
-        F.when(enters, F.array(F.struct("event_time", "item_id"))).otherwise(F.array()).cast(SEEN).alias("seen"),
-    )
-
-
-def fold(
-    states: DataFrame,
-    events: DataFrame,
-    length: int,
-    seen_limit: int,
-    window_types: Sequence[str],
-    chunks: int = 1,
-) -> DataFrame:
+def fold(states: pa.Table, events: pa.Table, rules: FoldRules) -> pa.Table:
     """Fold live events into states.
 
     states: one row per user: user_id, revision, window, seen, seen_overflowed.
     events: EVENTS rows without retractions or retracted events, any number per user, any order, any repetition.
-    chunks: in how many parts a user's events are folded before the parts are; 1 suits a micro-batch, more bounds the
-        memory that one user with very many events takes (the result is the same, folding is associative).
-    Returns one row per user of either side: user_id, revision (of the state folded into, 0 for none), window, seen,
-    seen_overflowed, overflow (the seen entries that no longer fit, newest times first to go to the side table).
+    Returns one row per user of either side, ascending by user_id: user_id, revision (of the state folded into, 0 for
+    none), window, seen, seen_overflowed, overflow (the seen entries that no longer fit, oldest first).
     """
-    known = states.select(
-        "user_id", F.lit(0).alias("chunk"), "window", "seen", "revision", F.col("seen_overflowed").alias("overflowed")
+    named = pa.chunked_array([*strings(states["user_id"]).chunks, *strings(events["user_id"]).chunks], pa.string())
+    users = pc.unique(named)
+    users = users.take(pc.sort_indices(users))
+    of_state, of_event = _places(states["user_id"], users), _places(events["user_id"], users)
+    entering = np.flatnonzero(np.asarray(pc.is_in(strings(events["event_type"]), pa.array(rules.window_types))))
+    arriving = {OWNER: pa.array(of_event[entering])}
+    arriving |= {name: events[name].take(pa.array(entering)).cast(kind) for name, kind in EVENT_COLUMNS.items()}
+    arrived = pa.table(arriving)
+    window = _window(pa.concat_tables([_entries(states["window"], of_state, EVENT_COLUMNS), arrived]), rules.length)
+    seen = _seen(
+        pa.concat_tables(
+            [_entries(states["seen"], of_state, SEEN_COLUMNS), arrived.select([OWNER, *SEEN_COLUMNS])],
+        )
     )
-    chunk = F.pmod(F.hash("window.event_id"), F.lit(chunks)) if chunks > 1 else F.lit(0)
-    arriving = window_rows(events, window_types).select(
-        "user_id",
-        chunk.alias("chunk"),
-        "window",
-        "seen",
-        F.lit(0).cast("long").alias("revision"),
-        F.lit(False).alias("overflowed"),
-    )
-    rows = known.unionByName(arriving)
-    if chunks > 1:
-        rows = _union_of(rows, ["user_id", "chunk"], length)
-    folded = _union_of(rows, ["user_id"], length)
-    fits = F.slice("seen", F.greatest(F.size("seen") - seen_limit, F.lit(0)) + 1, seen_limit)
-    surplus = F.slice("seen", F.lit(1), F.greatest(F.size("seen") - seen_limit, F.lit(0)))
-    return folded.select(
-        "user_id",
-        "revision",
-        "window",
-        fits.cast(SEEN).alias("seen"),
-        (F.col("overflowed") | (F.size("seen") > seen_limit)).alias("seen_overflowed"),
-        surplus.cast(SEEN).alias("overflow"),
-    )
-
-
-def _union_of(rows: DataFrame, keys: list[str], length: int) -> DataFrame:
-    gathered = rows.groupBy(*keys).agg(
-        F.flatten(F.collect_list("window")).alias("window"),
-        F.flatten(F.collect_list("seen")).alias("seen"),
-        F.max("revision").alias("revision"),
-        F.max("overflowed").alias("overflowed"),
-    )
-    return gathered.select(
-        *keys,
-        newest_events(F.col("window"), length).alias("window"),
-        newest_seen(F.col("seen")).alias("seen"),
-        "revision",
-        "overflowed",
+    from_end = _places_from_end(seen)
+    fits = from_end < rules.seen_limit
+    revision = np.zeros(len(users), np.int64)
+    np.maximum.at(revision, of_state, np.asarray(states["revision"], np.int64))
+    overflowed = np.zeros(len(users), bool)
+    overflowed[of_state[np.asarray(states["seen_overflowed"].to_numpy(), bool)]] = True
+    overflowed[np.asarray(seen[OWNER])[~fits]] = True
+    return pa.table(
+        {
+            "user_id": users,
+            "revision": revision,
+            "window": _lists(window, len(users), EVENT_COLUMNS),
+            "seen": _lists(seen.filter(pa.array(fits)), len(users), SEEN_COLUMNS),
+            "seen_overflowed": overflowed,
+            "overflow": _lists(seen.filter(pa.array(~fits)), len(users), SEEN_COLUMNS),
+        }
     )
 
 
-def _last_of_each(ordered: Column, field: str) -> Column:
-    """Of an array sorted by `field` first, the last entry of each run of equal values."""
-    pairs = F.arrays_zip(
-        ordered.alias("this"), F.slice(ordered, 2, F.greatest(F.size(ordered), F.lit(1))).alias("next")
-    )
-    kept = F.filter(
-        pairs, lambda p: p["this"].isNotNull() & (p["next"].isNull() | (p["next"][field] != p["this"][field]))
-    )
-    return F.transform(kept, lambda p: p["this"])
+def states_of(rows: pa.Table) -> pa.Table:
+    """The columns of a state, in one and the same type wherever the rows come from."""
+    return rows.select(STATES.names).cast(STATES)
 
 
-def _last(array: Column, count: int) -> Column:
-    return F.slice(array, F.greatest(F.size(array) - count, F.lit(0)) + 1, count)
+def strings(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return column.cast(pa.string())
+
+
+def newest_rows(tables: Sequence[pa.Table]) -> pa.Table:
+    """Rows with user_id and revision -> the row of the highest revision of each user, ascending by user_id."""
+    rows = pa.concat_tables(tables)
+    rows = rows.take(pc.sort_indices(rows, [("user_id", "ascending"), ("revision", "ascending")]))
+    return rows.filter(pa.array(_last_of_runs(rows, ["user_id"])))
+
+
+def _window(rows: pa.Table, length: int) -> pa.Table:
+    """Events of all users -> those in the windows, ascending by (owner, event_time, event_id)."""
+    rows = _sorted(rows, OWNER, "event_id", "event_time", "content_hash")
+    rows = _sorted(rows.filter(pa.array(_last_of_runs(rows, [OWNER, "event_id"]))), OWNER, "event_time", "event_id")
+    return rows.filter(pa.array(_places_from_end(rows) < length))
+
+
+def _seen(rows: pa.Table) -> pa.Table:
+    """Consumed items, repetitions included -> each item of a user once, ascending by (owner, event_time, item_id)."""
+    rows = _sorted(rows, OWNER, "item_id", "event_time")
+    return _sorted(rows.filter(pa.array(_last_of_runs(rows, [OWNER, "item_id"]))), OWNER, "event_time", "item_id")
+
+
+def _sorted(rows: pa.Table, *keys: str) -> pa.Table:
+    return rows.take(pc.sort_indices(rows, [(key, "ascending") for key in keys])).combine_chunks()
+
+
+def _last_of_runs(rows: pa.Table, keys: Sequence[str]) -> np.ndarray:
+    """bool [N]: whether a row is the last one of its run of equal keys."""
+    last = np.ones(rows.num_rows, bool)
+    if rows.num_rows > 1:
+        differs = np.zeros(rows.num_rows - 1, bool)
+        for key in keys:
+            column = rows[key].combine_chunks()
+            differs |= np.asarray(pc.not_equal(column[1:], column[:-1]))
+        last[:-1] = differs
+    return last
+
+
+def _places_from_end(rows: pa.Table) -> np.ndarray:
+    """int [N]: how many rows of the same owner follow; rows stand together by owner."""
+    owner = np.asarray(rows[OWNER], np.int64)
+    ends = np.searchsorted(owner, owner, side="right")
+    return np.asarray(ends - 1 - np.arange(len(owner)))
+
+
+def _places(values: pa.ChunkedArray, users: pa.Array) -> np.ndarray:
+    """int64 [N]: places of user ids among the users."""
+    return np.asarray(pc.index_in(strings(values), value_set=users), np.int64)
+
+
+def _entries(lists: pa.ChunkedArray, owner: np.ndarray, columns: dict[str, pa.DataType]) -> pa.Table:
+    """The entries of list columns as rows, with the owner of each."""
+    parts: dict[str, list[pa.Array]] = {name: [] for name in columns}
+    sizes = np.asarray(pc.fill_null(pc.list_value_length(lists), 0), np.int64)
+    for chunk in lists.chunks:
+        flat = chunk.flatten()
+        for name in columns:
+            parts[name].append(flat.field(name))
+    table = {OWNER: pa.array(np.repeat(owner, sizes))}
+    table |= {name: pa.chunked_array(parts[name], kind) if parts[name] else pa.chunked_array([], kind)
+              for name, kind in columns.items()}  # fmt: skip
+    return pa.table(table)
+
+
+def _lists(rows: pa.Table, count: int, columns: dict[str, pa.DataType]) -> pa.ListArray:
+    """Rows that stand together by owner -> one list per owner, count of them."""
+    sizes = np.bincount(np.asarray(rows[OWNER], np.int64), minlength=count)
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), _structs(rows, columns))
+
+
+def _structs(rows: pa.Table, columns: dict[str, pa.DataType]) -> pa.StructArray:
+    arrays = [rows[name].combine_chunks() for name in columns]
+    return pa.StructArray.from_arrays(
+        [a if isinstance(a, pa.Array) else pa.concat_arrays(a.chunks) for a in arrays], names=list(columns)
+    )

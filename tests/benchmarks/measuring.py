@@ -13,7 +13,7 @@ from baselines import Histories
 from nightstream.blocks import Sequences, UserFeatures
 from nightstream.payload import combined, rows_of
 from nightstream.steps.evaluate import Split
-from nightstream.window import fold
+from nightstream.window import FoldRules, fold
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -94,11 +94,9 @@ class BaselineLister:
 
     def lists(self, states: DataFrame, events: DataFrame, users: DataFrame) -> DataFrame:
         """States and events -> user_id, items (rank, item_id, score). users, their attributes, are not looked at."""
-        folded = fold(states, events, EVERYTHING, EVERYTHING, self.window_types)
-        known = F.transform("window", lambda e: e.item_id).alias("known")
-        seen = F.transform("seen", lambda s: s.item_id).alias("seen")
-        table = folded.select("user_id", known, seen).toArrow()
-        items, offsets = self._rows(combined(table["known"]))
+        rules = FoldRules(EVERYTHING, EVERYTHING, tuple(self.window_types))
+        table = fold(states.toArrow(), events.toArrow(), rules)
+        items, offsets = self._rows(combined(table["window"]))
         histories = Histories(items, offsets, *self._rows(combined(table["seen"])))
         rows, scores = self.best(combined(table["user_id"]), histories)
         return self.spark.createDataFrame(
@@ -107,7 +105,7 @@ class BaselineLister:
 
     def _rows(self, lists: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
         """Catalogue rows and offsets; an item that the catalogue lacks tells a baseline nothing and is left out."""
-        rows = rows_of(lists.flatten(), self.item_ids)
+        rows = rows_of(lists.flatten().field("item_id"), self.item_ids)
         sizes = np.asarray(pc.list_value_length(lists), np.int64)
         owner = np.repeat(np.arange(len(sizes)), sizes)[rows > 0]
         offsets = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(sizes)))])

@@ -23,7 +23,7 @@ from nightstream.steps import nightly, serve
 from nightstream.storage import Storage
 from nightstream.tables import EVENTS, ITEMS, RECOMMENDATIONS, USER_VECTORS, USERS
 
-EVENTS_PER_FILE = 25
+EVENTS_PER_FILE = 10
 SHOWN = 10
 
 
@@ -48,7 +48,11 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime, replay_seconds
     feed = Feed(cut.after, Path(local.stream.path), EVENTS_PER_FILE, replay_seconds)
     with LiveLine(len(cut.after)) as line, feed:
         streamed = serve.run(
-            spark, local, on_batch=line.update, stop=lambda: feed.done and line.events >= len(cut.after)
+            spark,
+            local,
+            on_batch=line.update,
+            on_start=feed.begin,
+            stop=lambda: feed.done and line.events >= len(cut.after),
         )
     with progress.step("measuring what the lists would have been worth at other delays (prequential evaluation)"):
         quality = _quality(storage, local, cut.cut_micros)

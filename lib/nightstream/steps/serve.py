@@ -33,11 +33,13 @@ def run(
     until_idle: bool = False,
     max_batches: int | None = None,
     on_batch: Callable[[BatchReport], None] | None = None,
+    on_start: Callable[[], None] = lambda: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Run the query until it is stopped.
 
-    until_idle: work off what is there and end. max_batches: end after so many micro-batches. stop: asked every second.
+    until_idle: work off what is there and end. max_batches: end after so many micro-batches. on_start: called when the
+    query takes events. stop: asked every second.
     Raises TableError where no model is published, WriterBusyError where another process writes the serving tables.
     """
     storage = Storage(spark, settings.storage)
@@ -76,7 +78,9 @@ def run(
     elif settings.stream.trigger_seconds > 0:
         writer = writer.trigger(processingTime=f"{settings.stream.trigger_seconds} seconds")
     with lease:
+        layer.start()
         query = writer.queryName("nightstream").start()
+        on_start()
         try:
             while not query.awaitTermination(POLL_SECONDS):
                 if stop() or (max_batches is not None and counts["batches"] >= max_batches):
