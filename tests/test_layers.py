@@ -133,6 +133,17 @@ def test_any_cut_order_and_repetition_of_the_stream_equals_one_batch(spark, nigh
     assert TAKEN_BACK not in {r.id for r in window.collect()}
 
 
+def test_the_driver_and_the_executors_refresh_alike(spark, night, tmp_path, monkeypatch):
+    rows = [r for r in live_events() if isinstance(r, dict) and r.get("event_id", "").startswith("live")]
+    found = []
+    for most in (0, layers.DRIVER_USERS):
+        monkeypatch.setattr(layers, "DRIVER_USERS", most)
+        storage, settings = night(f"at most {most}")
+        feed(speed_layer(storage, settings), payloads(spark, tmp_path, rows, "alike"), 0)
+        found.append(storage)
+    assert_same(found[0], state_of(found[1]))
+
+
 def test_a_late_merge_hides_no_commit_from_the_next_micro_batch(spark, night, tmp_path, monkeypatch):
     storage, settings = night("late")
     rows, held = live_events(), threading.Event()
