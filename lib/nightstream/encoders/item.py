@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+ID_LENGTH = 0.1
 TEXT_KINDS = ("cnn", "rnn", "none")
 
 
@@ -120,7 +121,9 @@ class ItemEncoder(nn.Module):
         self.sizes = sizes
         width = sizes.width
         self.ids = nn.Embedding(sizes.vocabulary + 1, width)
-        nn.init.normal_(self.ids.weight, std=width**-0.5)
+        # Short at first: vectors are compared by direction, and the few events of a rare item can't turn a random one
+        # that is long, which hides what the content says meanwhile.
+        nn.init.normal_(self.ids.weight, std=ID_LENGTH * width**-0.5)
         self.numbers = nn.Linear(sizes.numbers, width, bias=False) if sizes.numbers else None
         self.categories = nn.ModuleList(nn.Embedding(n, width, padding_idx=0) for n in sizes.category_sizes)
         with torch.no_grad():
