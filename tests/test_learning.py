@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from learning_data import make_windows, ring_sequences
-from nightstream.blocks import Catalogue, ItemFeatures, UserFeatures
+from nightstream.blocks import RANK, TRAIN, VALID, Catalogue, ItemFeatures, UserFeatures
 from nightstream.errors import ArtifactError
 from nightstream.explain import STRATEGIES
-from nightstream.learning import LearnSpec, learn
+from nightstream.learning import LearnSpec, learn, refit_epochs
 from nightstream.model import Model
 from nightstream.ranking import RankerSizes
 from nightstream.similarity import BLOCK
@@ -279,3 +279,10 @@ def test_specs_and_inputs_that_make_no_sense_are_refused(tmp_path: Path) -> None
         LearnSpec(weights=(1.0,))
     with pytest.raises(ValueError, match="item_ids"):
         learn(histories(), content([1, 2]), IDS, ["event"], SPEC, train_encoder, tmp_path)
+
+
+def test_the_refit_is_longer_the_more_events_are_new_to_it() -> None:
+    assert refit_epochs(10, np.array([TRAIN] * 98 + [RANK, VALID])) == 2
+    assert refit_epochs(10, np.array([TRAIN] * 80 + [RANK, VALID] * 10)) == 4
+    assert refit_epochs(10, np.array([TRAIN] * 3 + [RANK, VALID])) == 5
+    assert refit_epochs(1, np.array([TRAIN] * 98 + [RANK, VALID])) == 1

@@ -48,14 +48,15 @@ def test_item_knn_equals_the_formula_on_dense_arrays() -> None:
     used[:, 0] = False
     owner, items = np.nonzero(used)
     size = used.sum(1)
-    weights = np.where(size > 0, 1 / np.log(2 + size), 0)
+    weights = 1 / np.log(2 + size)
+    weights /= weights.mean()
     expected = np.zeros((7, 7))
     for a in range(7):
         for b in range(7):
             if a != b:
                 both = (used[:, a] & used[:, b]) @ weights
-                expected[a, b] = both / np.sqrt((used[:, a] @ weights + 1) * (used[:, b] @ weights + 1))
-    np.testing.assert_allclose(item_knn(owner, items, 7, 7).toarray(), expected, atol=1e-6)
+                expected[a, b] = both / (np.sqrt((used[:, a] @ weights) * (used[:, b] @ weights)) + 3)
+    np.testing.assert_allclose(item_knn(owner, items, 7, 7, 3).toarray(), expected, atol=1e-6)
 
 
 def test_strongest_keeps_the_greatest_and_of_equals_the_lower_column() -> None:

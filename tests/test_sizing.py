@@ -30,3 +30,7 @@ def test_steps_grow_with_the_data_between_their_bounds() -> None:
     few, many = ring_sequences(users=10), ring_sequences(users=20_000, events=30)
     assert training_sizes({}, few, 30).positions == 512
     assert training_sizes({}, many, 30).positions == 4096
+
+
+def test_a_step_encodes_no_more_than_a_dozen_items_per_target() -> None:
+    assert training_sizes({}, ring_sequences(users=10), 24_000).positions == 2000

@@ -24,9 +24,9 @@ from nightstream.recommending import candidates, features, score_block
 from nightstream.retrieval import SourceSizes, fit_sources
 from nightstream.similarity import BLOCK
 
-# The refit goes on from the weights of the first training for this share of its epochs: the later events are few, and
-# the ranker keeps meeting cosines of the kind that it was trained on.
-REFIT_SHARE = 0.2
+# The refit goes on from the weights of the first training, since the ranker must keep meeting cosines of the kind that
+# it was trained on, and for a share of its epochs between these.
+REFIT_SHARES = (0.2, 0.5)
 
 Launcher = Callable[[dict[str, Any]], Any]
 
@@ -92,7 +92,8 @@ def learn(
 
     def trained(stage: str, roles: tuple[int, ...]) -> list[tuple[Member, dict[str, Any]]]:
         def one(name: str) -> tuple[Member, dict[str, Any]]:
-            job = _job(spec, work, name, event_types, stage, roles, epochs.get(name))
+            again = refit_epochs(epochs[name], sequences.roles) if name in epochs else None
+            job = _job(spec, work, name, event_types, stage, roles, again)
             return _train(job, print_of, train, spec, item_features, sequences, roles)
 
         with ThreadPoolExecutor(spec.parallel) as pool:
@@ -171,6 +172,12 @@ def _catalogue(model: Model, item_features: ItemFeatures, item_ids: Sequence[str
     return Catalogue(list(item_ids), model.encode_items(item_features, item_ids), np.ones(len(item_ids), bool))
 
 
+def refit_epochs(best: int, roles: np.ndarray) -> int:
+    """Epochs of the refit after a first training that was best after `best`: the share of them is twice that of the
+    events (roles: [E]) that the first training did not have as targets, within REFIT_SHARES."""
+    return max(1, round(best * float(np.clip(2 * (roles != TRAIN).mean(), *REFIT_SHARES))))
+
+
 def _fingerprint(work: Path, item_ids: Sequence[str]) -> str:
     digest = hashlib.sha256(json.dumps(list(item_ids)).encode())
     for name in ("sequences.safetensors", "items.safetensors"):
@@ -185,11 +192,11 @@ def _job(
     event_types: Sequence[str],
     stage: str,
     roles: tuple[int, ...],
-    best: int | None,
+    refit: int | None,
 ) -> dict[str, Any]:
     options = {**spec.options, "valid_limit": spec.valid_limit}
-    if best is not None:
-        options["epochs"] = max(1, round(REFIT_SHARE * best))
+    if refit is not None:
+        options["epochs"] = refit
     job = {
         "encoder": name,
         "name": f"{name}-{stage}",
@@ -199,11 +206,11 @@ def _job(
         "seed": spec.seed,
         "event_types": len(event_types),
         "roles": list(roles),
-        "validate": best is None,
+        "validate": refit is None,
         "threads": spec.threads,
         "options": options,
     }
-    if best is not None:
+    if refit is not None:
         job["start"] = str(work / f"first-{name}" / "weights.safetensors")
     return job
 

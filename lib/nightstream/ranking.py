@@ -79,7 +79,7 @@ class RankerSizes:
     row_share: float = 0.8
     l2: float = 20.0
     patience: int = 30
-    label_limit: int = 5000
+    label_limit: int = 10_000
     threads: int = 2
 
 

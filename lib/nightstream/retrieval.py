@@ -18,13 +18,15 @@ MICROSECONDS_PER_DAY = 86_400_000_000
 
 @dataclass(frozen=True)
 class SourceSizes:
-    """reach: events between two items that still count as visited together. neighbours: kept per item. history: newest
-    events of a user that item-kNN looks at. half_life_days, trend_half_life_days: of popularity and trend, None =
-    derived from the data (all of its time span, and a fiftieth of it). prior_events: weight of everyone in a
-    segment. recency: weight of a window item relative to the next newer one."""
+    """reach: events between two items that still count as visited together. neighbours: kept per item. shrink: users
+    that item-kNN adds to the denominator. history: newest events of a user that it looks at. half_life_days,
+    trend_half_life_days: of popularity and trend, None = derived from the data (all of its time span, and a fiftieth of
+    it). prior_events: weight of everyone in a segment. recency: weight of a window item relative to the next newer
+    one."""
 
     reach: int = 10
     neighbours: int = 200
+    shrink: float = 10.0
     history: int = 300
     half_life_days: float | None = None
     trend_half_life_days: float | None = None
@@ -139,19 +141,21 @@ def covisitation(owner: np.ndarray, items: np.ndarray, rows: int, reach: int, ne
     return strongest((scale @ total @ scale).tocsr(), neighbours).astype(np.float32)
 
 
-def item_knn(owner: np.ndarray, items: np.ndarray, rows: int, neighbours: int) -> sparse.csr_matrix:
-    """CSR [rows, rows]: cosine of the items' user sets (Sarwar et al., WWW 2001), shrunk where few users are known;
-    a user of many items counts less, by log(2 + items)."""
+def item_knn(owner: np.ndarray, items: np.ndarray, rows: int, neighbours: int, shrink: float) -> sparse.csr_matrix:
+    """CSR [rows, rows]: cosine of the items' user sets (Sarwar et al., WWW 2001), drawn towards 0 where few users are
+    known by `shrink` users more in the denominator; a user of many items counts less, by log(2 + items), and the mean
+    user counts as one."""
     users = int(owner.max()) + 1 if len(owner) else 1
     used = sparse.csr_matrix((np.ones(len(items)), (owner, items)), shape=(users, rows))
     used.data[:] = 1.0
     weights = 1 / np.log(2 + np.asarray(used.sum(1)).ravel())
-    together = (used.T @ sparse.diags(weights) @ used).tocsr()
+    together = (used.T @ sparse.diags(weights / weights.mean()) @ used).tocsr()
     size = together.diagonal()
     together.setdiag(0)
     together.eliminate_zeros()
-    scale = sparse.diags((size + 1.0) ** -0.5)
-    return strongest((scale @ together @ scale).tocsr(), neighbours).astype(np.float32)
+    row, column = together.nonzero()
+    together.data /= np.sqrt(size[row] * size[column]) + shrink
+    return strongest(together, neighbours).astype(np.float32)
 
 
 def decayed_shares(items: np.ndarray, times: np.ndarray, rows: int, half_life_days: float) -> np.ndarray:
@@ -180,7 +184,7 @@ def fit_sources(sequences: Sequences, vocabulary: int, roles: tuple[int, ...], s
     segments, offsets = _segments(sequences.users, owner, items, rows, popularity, sizes.prior_events)
     return Sources(
         covisitation(owner, items, rows, sizes.reach, sizes.neighbours),
-        item_knn(owner[recent], items[recent], rows, sizes.neighbours),
+        item_knn(owner[recent], items[recent], rows, sizes.neighbours, sizes.shrink),
         popularity,
         decayed_shares(items, times, rows, trend_half_life),
         segments,

@@ -72,13 +72,13 @@ def encoder_sizes(options: dict[str, Any], sequences: Sequences, event_types: in
 
 
 def training_sizes(options: dict[str, Any], sequences: Sequences, items: int) -> TrainingSizes:
-    """Rules: about 100 steps an epoch, of 512 to 4,096 targets, but of no less than a third of the items, which a
+    """Rules: about 100 steps an epoch, of 512 to 4,096 targets, but of no less than a twelfth of the items, which a
     step encodes all; the full softmax up to 50,000 items, 8,192 sampled items beyond."""
     events = len(sequences.items)
     return TrainingSizes(
         epochs=_pick(options, "epochs", 25),
         patience=_pick(options, "patience", 3),
-        positions=_pick(options, "positions", int(np.clip(max(events // 100, items // 3), 512, 4096))),
+        positions=_pick(options, "positions", int(np.clip(max(events // 100, items // 12), 512, 4096))),
         learning_rate=_pick(options, "learning_rate", 0.003),
         weight_decay=_pick(options, "weight_decay", 0.0),
         negatives=_pick(options, "negatives", 0 if items <= FULL_SOFTMAX_ITEMS else 8192),

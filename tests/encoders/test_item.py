@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nightstream.encoders.item import ItemBatch, ItemEncoder, ItemSizes
+from nightstream.encoders.item import ItemBatch, ItemEncoder, ItemSizes, TextConvolution
 
 
 def sizes(text: str, id_dropout: float = 0.0) -> ItemSizes:
@@ -41,6 +41,33 @@ def test_padding_of_the_text_does_not_matter(text: str) -> None:
     encoder, batch = ItemEncoder(sizes(text)).eval(), items([1, 2])
     longer = ItemBatch(batch.ids, batch.numbers, batch.categories, torch.nn.functional.pad(batch.tokens, (0, 4)))
     torch.testing.assert_close(encoder(longer), encoder(batch), atol=1e-6, rtol=1e-5)
+
+
+def test_the_text_convolution_equals_a_window_slid_over_each_text() -> None:
+    torch.manual_seed(0)
+    texts = TextConvolution(9, 8)
+    tokens = torch.tensor([[2, 3, 4, 3], [0, 0, 0, 0], [5, 0, 0, 0], [8, 1, 0, 0], [6, 7, 2, 3]])
+    for row, vector in zip(tokens, texts(tokens), strict=True):
+        words = texts.words(row[row > 0])
+        around = torch.nn.functional.pad(words, (0, 0, 1, 1))
+        answers = [texts.convolution(around[i : i + 3].flatten()).relu() for i in range(len(words))]
+        strongest = torch.stack(answers).amax(0) if answers else torch.zeros(8)
+        mean = words.mean(0) if len(words) else torch.zeros(4)
+        torch.testing.assert_close(vector, texts.out(torch.cat([strongest, mean])))
+
+
+def test_padding_learns_nothing() -> None:
+    texts = TextConvolution(9, 8)
+    texts(torch.tensor([[2, 3, 0], [4, 0, 0]])).sum().backward()
+    assert not texts.words.weight.grad[0].any()  # type: ignore[index]
+
+
+def test_before_training_items_of_one_category_are_alike() -> None:
+    torch.manual_seed(0)
+    encoder = ItemEncoder(ItemSizes(5, 64, 0, (4,), 2, "none", 0.0)).eval()
+    nothing = torch.zeros(2, 0)
+    one, other = encoder(ItemBatch(torch.tensor([1, 2]), nothing, (torch.tensor([[2], [2]]),), nothing.long()))
+    assert one @ other > 0.7
 
 
 def test_an_item_without_anything_gets_a_vector() -> None:
