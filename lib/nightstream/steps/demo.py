@@ -27,7 +27,7 @@ EVENTS_PER_FILE = 10
 SHOWN = 10
 
 
-def run(spark: SparkSession, settings: Settings, as_of: datetime, replay_seconds: float = 100.0) -> dict[str, Any]:
+def run(spark: SparkSession, settings: Settings, as_of: datetime, replay_seconds: float = 120.0) -> dict[str, Any]:
     """Everything below the parent folder of storage.root is made anew.
 
     replay_seconds: over how long the feed spreads the replayed events.
