@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import threading
 
+import pyarrow as pa
 import pytest
 from nightstream import following, serving
+
+
+class Commit(str):
+    """Stands for committed rows; `table` as of rows on the executors."""
+
+    table = None
 
 
 @pytest.fixture
@@ -29,10 +36,10 @@ def follower(monkeypatch):
 
 
 def test_what_is_committed_during_a_merge_goes_together_into_the_next(follower):
-    follower.add("a")
+    follower.add(Commit("a"))
     assert follower.begun.wait(10)
-    follower.add("b")
-    follower.add("c")
+    follower.add(Commit("b"))
+    follower.add(Commit("c"))
     assert follower.pending() == ["a", "b", "c"]
     follower.gate.set()
     follower.settle()
@@ -41,18 +48,21 @@ def test_what_is_committed_during_a_merge_goes_together_into_the_next(follower):
 
 
 def test_a_failed_merge_is_raised_and_nothing_is_merged_past_it(follower):
-    follower.add("bad")
-    follower.add("later")
+    follower.add(Commit("bad"))
+    follower.add(Commit("later"))
     follower.gate.set()
     with pytest.raises(RuntimeError, match="a MERGE failed"):
         follower.settle()
     assert follower.merged == []
 
 
-def test_too_many_pending_commits_wait(follower):
-    for number in range(following.MOST_PENDING):
-        follower.add(str(number))
-    waiting = threading.Thread(target=follower.add, args=("one more",))
+@pytest.mark.parametrize("bound", ["MOST_PENDING", "MOST_PENDING_BYTES"])
+def test_too_many_pending_commits_wait(follower, monkeypatch, bound):
+    monkeypatch.setattr(Commit, "table", pa.table({"number": [1]}))
+    monkeypatch.setattr(following, bound, 8 if bound == "MOST_PENDING" else 8 * Commit.table.nbytes)
+    for number in range(8):
+        follower.add(Commit(str(number)))
+    waiting = threading.Thread(target=follower.add, args=(Commit("one more"),))
     waiting.start()
     waiting.join(0.2)
     assert waiting.is_alive()

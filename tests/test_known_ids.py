@@ -31,4 +31,17 @@ def test_what_is_added_is_known_also_after_it_was_sorted_in(spark, monkeypatch):
 def test_too_many_ids_are_left_to_the_table(spark, monkeypatch):
     monkeypatch.setattr(known_ids, "MOST_IDS", 1)
     rows = spark.createDataFrame([("a", None), ("b", None)], "event_id string, retracts string")
-    assert KnownIds.of(rows) is None
+    assert KnownIds.of(rows).may_hold(hashes_of(spark, "never seen"))
+    known = KnownIds(np.array([], np.int64))
+    known.add(hashes_of(spark, "a", "b"))
+    known.add_rows(with_hashes(rows), 2)
+    assert known.may_hold(hashes_of(spark, "never seen"))
+
+
+def test_rows_of_a_large_batch_are_known(spark):
+    known = KnownIds(np.array([], np.int64))
+    known.add(hashes_of(spark, "before"))
+    rows = spark.createDataFrame([("a", None), ("r", "late")], "event_id string, retracts string")
+    known.add_rows(with_hashes(rows), 2)
+    assert all(known.may_hold(hashes_of(spark, name)) for name in ("before", "a", "r", "late"))
+    assert not known.may_hold(hashes_of(spark, "x"))

@@ -144,6 +144,56 @@ def test_the_driver_and_the_executors_refresh_alike(spark, night, tmp_path, monk
     assert_same(found[0], state_of(found[1]))
 
 
+def test_a_micro_batch_that_refreshes_nobody_is_committed_all_the_same(spark, night, tmp_path):
+    storage, settings = night("nobody")
+    layer = speed_layer(storage, settings)
+    first = {"event_id": "n1", "user_id": "u000", "item_id": "i01", "event_time": world.START + 10**6}
+    for number, rows in enumerate(([first], ["no json"], [first], [first, "no json"])):
+        feed(layer, payloads(spark, tmp_path, rows, f"nobody{number}"), number)
+    assert check(storage)["quarantine"] == 2
+    assert storage.read(REFRESHES).where("writer = 'stream one'").count() == 1
+
+
+def test_commits_of_driver_and_executors_are_merged_together(spark, night, tmp_path, monkeypatch):
+    storage, settings = night("mixed")
+    layer = speed_layer(storage, settings)
+    held, merge = threading.Event(), serving.merge
+
+    def late(*arguments):
+        held.wait(300)
+        merge(*arguments)
+
+    monkeypatch.setattr(serving, "merge", late)
+    rows = [r for r in live_events() if isinstance(r, dict)]
+    back = [r for r in rows if r.get("event_type") == "retract"]
+    for number, part in enumerate((rows[:20], back, rows[20:40])):
+        layer(parsed(payloads(spark, tmp_path, part, f"mixed{number}"), settings), number)
+    assert len(layer.follower.pending()) == 3
+    held.set()
+    layer.settle()
+    newest = storage.read(REFRESHES).groupBy("user_id").agg(F.max("revision").alias("revision"))
+    stored = {r.user_id: r.revision for r in storage.read(USER_VECTORS).collect()}
+    assert stored == {r.user_id: r.revision for r in newest.collect()}
+    assert {r["user_id"] for r in [*rows[:40], *back]} <= stored.keys()
+
+
+@pytest.mark.parametrize("most", [0, layers.DRIVER_USERS])
+def test_a_consumed_item_stays_away_when_it_no_longer_fits_into_the_state(spark, night, tmp_path, monkeypatch, most):
+    monkeypatch.setattr(layers, "DRIVER_USERS", most)
+    storage, settings = night("overflow")
+    settings = settings.model_copy(update={"window": settings.window.model_copy(update={"seen_limit": 3})})
+    layer = speed_layer(storage, settings)
+    for number in range(2):
+        event = {"event_id": f"o{number}", "user_id": "u000", "item_id": f"i{20 + number}", "event_time": world.START}
+        feed(layer, payloads(spark, tmp_path, [event], f"o{number}"), number)
+        consumed = {r.item_id for r in storage.read(EVENTS).where("user_id = 'u000'").collect()}
+        listed = state_of(storage)[1]["u000"]
+        assert len(listed) == settings.serving.top_k
+        assert not consumed & {item for _, item, _ in listed}
+    layers.apply_all(storage, settings, layer.payload, "another night", 0, NOW)
+    assert state_of(storage)[1]["u000"] == listed
+
+
 def test_a_late_merge_hides_no_commit_from_the_next_micro_batch(spark, night, tmp_path, monkeypatch):
     storage, settings = night("late")
     rows, held = live_events(), threading.Event()

@@ -32,6 +32,24 @@ def test_it_is_given_back_at_the_end_and_busy_in_between(storage):
         pass
 
 
+def test_the_next_process_of_a_holder_has_it_at_once_and_the_one_before_loses_it(storage):
+    first = lease.Lease(storage, "a", "stream", 60, 3, wait=False)
+    second = lease.Lease(storage, "a", "stream", 60, 3, wait=False)
+    assert (first._take(), second._take()) == (None, None)
+    assert first._take(renew=True) == "stream (a)"
+    assert second._take(renew=True) is None
+
+
+def test_one_that_ran_out_is_not_written_under(storage):
+    with lease.Lease(storage, "a", "stream", 60, 3, wait=False) as held:
+        held.check()
+        held._until -= timedelta(seconds=61)
+        # A renewal that comes too late does not mend it.
+        assert held._take(renew=True) is None
+        with pytest.raises(WriterBusyError, match="ran out while this process stood still"):
+            held.check()
+
+
 def test_a_holder_that_lost_it_may_not_write_on(storage):
     with lease.Lease(storage, "a", "stream", 5, 3, wait=False) as held:
         held.check()

@@ -120,10 +120,22 @@ def test_known_ids_spare_the_table_and_change_nothing(spark, settings, storage, 
     assert again.counts == Counts(1, 0, 0, 1)
 
 
+def test_a_batch_too_large_for_the_driver_is_known_to_the_next_one(spark, settings, storage, monkeypatch):
+    known = KnownIds.of(storage.read_or_empty(EVENTS))
+    cut = ledger.cut
+    with monkeypatch.context() as patched:
+        patched.setattr(ledger, "cut", lambda rows, totals, **options: cut(rows, totals, **{**options, "limit": 0}))
+        large = record(storage, payloads(spark, FIRST, "f1"), settings, True, fresh=True, known_ids=known)
+    assert large.accepted_table is None
+    again = record(storage, payloads(spark, [line("a", "u1"), line("n")], "f2"), settings, True, known_ids=known)
+    assert again.counts == Counts(2, 1, 0, 1)
+
+
 def test_an_event_after_its_retraction_is_stored_but_not_accepted(spark, settings, storage):
-    record(storage, payloads(spark, [retraction("r", "late")], "f1"), settings, True)
-    late = record(storage, payloads(spark, [line("late"), line("other")], "f2"), settings, True)
-    assert ids(late.accepted) == {"other"}
+    known = KnownIds.of(storage.read_or_empty(EVENTS))
+    record(storage, payloads(spark, [retraction("r", "late")], "f1"), settings, True, known_ids=known)
+    late = record(storage, payloads(spark, [line("late"), line("other")], "f2"), settings, True, known_ids=known)
+    assert ids(late.accepted) == set(late.accepted_table["event_id"].to_pylist()) == {"other"}
     assert ids(storage.read(EVENTS)) == {"r", "late", "other"}
 
 

@@ -20,6 +20,8 @@ def refreshed(spark, *rows, on_driver=True):
         overflow = [(AT, item) for item in (surplus[0] if surplus else [])]
         made.append((user, revision, [], [], bool(overflow), [float(revision), 0.0], "m1", "c1", AT, entries, overflow))
     frame = spark.createDataFrame(made, REFRESHED)
+    if on_driver == "computed there":
+        return serving.settled_table(spark, frame.toArrow())
     return serving.settled(frame) if on_driver else serving.settled(frame, limit=0)
 
 
@@ -57,7 +59,7 @@ def test_an_older_revision_never_overwrites_a_newer_one(storage, spark):
     assert lists(storage) == [("u", 1, "new", 5)]
 
 
-@pytest.mark.parametrize("on_driver", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("on_driver", [(True, "computed there"), (True, False), (False, False)])
 def test_the_newest_of_several_commits_wherever_their_rows_are(storage, spark, on_driver):
     first = refreshed(spark, ("u", 2, ["a"]), ("v", 1, ["b"]), on_driver=on_driver[0])
     second = refreshed(spark, ("u", 1, ["old"]), ("w", 1, ["c"]), on_driver=on_driver[1])

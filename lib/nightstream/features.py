@@ -129,4 +129,4 @@ def _attributes(rows: pa.Table, known: Attributes) -> tuple[np.ndarray, tuple[np
             table[row, : len(found)] = found
         categories.append(table)
     sizes = tuple(len(values) + FIRST_INDEX for values in known.categories.values())
-    return numbers.reshape(count, -1), tuple(categories), sizes
+    return numbers, tuple(categories), sizes

@@ -10,8 +10,9 @@ from nightstream import serving
 from nightstream.cutting import Cut
 from nightstream.storage import Storage
 
-# So many micro-batches may be committed and not merged yet: they are held in memory.
-MOST_PENDING = 64
+# So much may be committed and not merged yet: it is held in memory.
+MOST_PENDING = 64  # micro-batches
+MOST_PENDING_BYTES = 256 * 1024 * 1024
 REST = 2.0  # times as long as the MERGEs took
 LONGEST_REST = 10.0  # seconds
 
@@ -43,12 +44,16 @@ class Follower:
     def add(self, commit: Cut) -> None:
         """Take over committed rows. Waits while too many are pending. Raises what the MERGEs have met."""
         with self._changed:
-            self._wait(lambda: len(self._pending) < MOST_PENDING or self._error is not None)
+            self._wait(lambda: not self._is_full() or self._error is not None)
             self._raise()
             self._pending.append(commit)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._follow, name="merge", daemon=True)
                 self._thread.start()
+
+    def _is_full(self) -> bool:
+        size = sum(each.table.nbytes for each in self._pending if each.table is not None)
+        return len(self._pending) >= MOST_PENDING or size >= MOST_PENDING_BYTES
 
     def settle(self) -> None:
         """Wait until all is merged. Raises what the MERGEs have met; the next start of the stream merges then."""

@@ -15,13 +15,13 @@ HASHES = {"id_hash": "event_id", "retracts_hash": "retracts"}
 
 
 def with_hashes(rows: DataFrame) -> DataFrame:
-    """The rows with the hashes of the event ids that they are and that they retract (columns HASHES)."""
+    """The rows with the hashes of the event ids that they are and that they retract, columns HASHES."""
     return rows.withColumns({name: F.xxhash64(column) for name, column in HASHES.items()})
 
 
 class KnownIds:
     """64-bit hashes of event ids that occurred, as events or as targets of retractions. It may claim an id that never
-    occurred, but never misses one.
+    occurred, but never misses one. Beyond MOST_IDS it claims all.
 
     hashes: int64, in any order, repetitions included.
     """
@@ -29,18 +29,18 @@ class KnownIds:
     def __init__(self, hashes: np.ndarray) -> None:
         self._sorted = np.unique(hashes)
         self._recent: set[int] = set()
+        self._claims_all = len(self._sorted) > MOST_IDS
 
     @classmethod
-    def of(cls, events: DataFrame) -> KnownIds | None:
-        """All ids of EVENTS rows; None where they are more than MOST_IDS."""
-        if events.limit(MOST_IDS + 1).count() > MOST_IDS:
-            return None
-        found = with_hashes(events).select(*HASHES).toArrow()
-        return cls(np.concatenate([np.asarray(found[name], np.int64) for name in HASHES]))
+    def of(cls, events: DataFrame) -> KnownIds:
+        """All ids of EVENTS rows."""
+        known = cls(np.array([], np.int64))
+        known.add_rows(with_hashes(events), events.count())
+        return known
 
     def may_hold(self, hashes: np.ndarray) -> bool:
         """Whether one of the ids may have occurred."""
-        if not self._recent.isdisjoint(hashes.tolist()):
+        if self._claims_all or not self._recent.isdisjoint(hashes.tolist()):
             return True
         if not len(self._sorted):
             return False
@@ -48,7 +48,27 @@ class KnownIds:
         return bool((self._sorted[places] == hashes).any())
 
     def add(self, hashes: np.ndarray) -> None:
+        if self._claims_all:
+            return
         self._recent.update(hashes.tolist())
         if len(self._recent) > _MOST_RECENT:
             recent = np.fromiter(self._recent, np.int64, len(self._recent))
-            self._sorted, self._recent = np.union1d(self._sorted, recent), set()
+            self._keep(np.union1d(self._sorted, recent))
+
+    def add_rows(self, rows: DataFrame, count: int) -> None:
+        """Add the ids of rows (`with_hashes`) of any number, `count`."""
+        if self._claims_all or len(self._sorted) + count > MOST_IDS:
+            self._claims_all, self._sorted, self._recent = True, np.array([], np.int64), set()
+            return
+        ids = rows.select("id_hash").unionByName(
+            rows.where(F.col("retracts").isNotNull()).select(F.col("retracts_hash").alias("id_hash"))
+        )
+        # At most MOST_IDS numbers.
+        found = np.asarray(ids.toArrow()["id_hash"], np.int64)
+        recent = np.fromiter(self._recent, np.int64, len(self._recent))
+        self._keep(np.unique(np.concatenate([self._sorted, recent, found])))
+
+    def _keep(self, hashes: np.ndarray) -> None:
+        self._sorted, self._recent = hashes, set()
+        if len(hashes) > MOST_IDS:
+            self._claims_all, self._sorted = True, np.array([], np.int64)

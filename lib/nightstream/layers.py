@@ -24,7 +24,7 @@ from nightstream.following import Follower
 from nightstream.known_ids import KnownIds
 from nightstream.ledger import Recorded, arrive, book
 from nightstream.payload import Payload
-from nightstream.refresh import OVERFLOW_COLUMNS, STATE_COLUMNS, USER_COLUMNS, Refresher, refresh, unfolded
+from nightstream.refresh import NOBODY, OVERFLOW_COLUMNS, STATE_COLUMNS, USER_COLUMNS, Refresher, refresh, unfolded
 from nightstream.settings import Settings
 from nightstream.storage import Storage
 from nightstream.tables import EVENTS, ITEMS, MODELS, SEEN_OVERFLOW, USER_VECTORS, USERS
@@ -176,11 +176,12 @@ class SpeedLayer:
         if arriving.table is None:
             return None
         users = pc.unique(arriving.table["user_id"].drop_null())
-        return self._ask(users) if 0 < len(users) <= DRIVER_USERS else None
+        return self._ask(users, arriving.table.num_rows) if 0 < len(users) <= DRIVER_USERS else None
 
-    def _ask(self, users: pa.Array) -> Asked:
-        pending = self.follower.pending()
-        return Asked(users, self._pool.submit(_known_of, self.storage, users, pending))
+    def _ask(self, users: pa.Array, events: int) -> Asked:
+        """events: how many more of them the states may take up."""
+        pending, room = self.follower.pending(), self.settings.window.seen_limit - events
+        return Asked(users, self._pool.submit(_known_of, self.storage, users, pending, room))
 
     def _refresh(self, recorded: Recorded, ahead: Asked | None) -> Cut:
         """Refresh the users of the micro-batch, and some of those that are still under an older model."""
@@ -190,6 +191,8 @@ class SpeedLayer:
         if on_driver and recorded.refold_users is None and (behind is None or behind.table is not None):
             named = [t["user_id"] for t in (events, behind.table if behind is not None else None) if t is not None]
             users = pc.unique(pa.chunked_array([c for column in named for c in column.chunks], pa.string()))
+            if not len(users):
+                return serving.settled_table(self.storage.spark, NOBODY)
             if len(users) <= DRIVER_USERS:
                 return self._refresh_here(users, events, ahead)
         return serving.settled(self._refresh_there(recorded, None if behind is None else behind.rows))
@@ -198,7 +201,7 @@ class SpeedLayer:
         """On the driver. users: string [B], those to refresh. events: EVENTS rows of some of them."""
         spark = self.storage.spark
         if ahead is None or not pc.all(pc.is_in(users, value_set=ahead.users)).as_py():
-            ahead = self._ask(users)
+            ahead = self._ask(users, 0 if events is None else events.num_rows)
         states, described, older = ahead.answer.result()
         states = states.filter(pc.is_in(states["user_id"], value_set=users))
         if events is None:
@@ -222,9 +225,10 @@ class SpeedLayer:
             events = events.join(refold, "user_id", "left_anti").unionByName(again.select(*events.columns))
             touched = touched.unionByName(refold)
         touched = F.broadcast(touched.distinct())
-        frames = [storage.read(USER_VECTORS), *(commit.rows for commit in pending)]
-        states = [f.select(*STATE_COLUMNS).join(touched, "user_id", "left_semi") for f in frames]
-        known = serving.newest(states) if pending else states[0]
+        known = storage.read(USER_VECTORS).select(*STATE_COLUMNS).join(touched, "user_id", "left_semi")
+        if pending:
+            newer = serving.newest_committed(storage, pending).select(*STATE_COLUMNS)
+            known = serving.newest([known, newer.join(touched, "user_id", "left_semi")])
         if refold is not None:
             kept = known.join(refold, "user_id", "left_anti")
             known = kept.unionByName(unfolded(known.join(refold, "user_id", "left_semi")))
@@ -241,8 +245,10 @@ class SpeedLayer:
         pending = self.follower.pending()
         columns = ("user_id", "revision", "model_version")
         table = self.storage.read(USER_VECTORS)
-        frames = [f.select(*columns) for f in (table, *(commit.rows for commit in pending))]
-        known = serving.newest(frames) if pending else table
+        known = table
+        if pending:
+            newer = serving.newest_committed(self.storage, pending)
+            known = serving.newest([table.select(*columns), newer.select(*columns)])
         found = known.where(F.col("model_version") != self.payload.model_version).select("user_id")
         some = cut(found.limit(self.settings.stream.handover_slice), {"users": F.count("user_id")})
         self._some_behind = bool(some.totals["users"])
@@ -276,10 +282,13 @@ class SpeedLayer:
         self._seen_commits = commits
 
 
-def _known_of(storage: Storage, users: pa.Array, pending: list[Cut]) -> tuple[pa.Table, pa.Table, pa.Table | None]:
-    """The newest states, the USERS rows, and where a state has overflowed the SEEN_OVERFLOW rows, of the users.
+def _known_of(
+    storage: Storage, users: pa.Array, pending: list[Cut], room: int
+) -> tuple[pa.Table, pa.Table, pa.Table | None]:
+    """The newest states, the USERS rows, and where a state has overflowed or may do so the SEEN_OVERFLOW rows.
 
-    pending: commits that USER_VECTORS may lack, from before it is read.
+    users: string [B], distinct. pending: commits that USER_VECTORS may lack, from before it is read. room: seen items
+    up to which a state can't overflow.
     """
     wanted = F.broadcast(storage.spark.createDataFrame(pa.table({"user_id": users})))
 
@@ -301,8 +310,9 @@ def _known_of(storage: Storage, users: pa.Array, pending: list[Cut]) -> tuple[pa
             rows = of_users(commit.rows, STATE_COLUMNS).toArrow()
         parts.append(states_of(rows))
     states, older = newest_rows(parts), None
-    if pc.any(states["seen_overflowed"]).as_py():
-        older = of_users(storage.read(SEEN_OVERFLOW), OVERFLOW_COLUMNS).toArrow()
+    full = pc.or_(states["seen_overflowed"], pc.greater(pc.list_value_length(states["seen"]), room))
+    if pc.any(full).as_py() and storage.exists(SEEN_OVERFLOW):
+        older = of_users(storage.read(SEEN_OVERFLOW), OVERFLOW_COLUMNS).distinct().toArrow()
     return states, found.filter(pc.invert(is_state)).select(list(USER_COLUMNS)), older
 
 

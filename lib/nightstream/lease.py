@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from datetime import UTC, datetime, timedelta
 
 from pyspark.sql import functions as F
@@ -31,11 +32,24 @@ def this_process() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def take(storage: Storage, holder: str, kind: str, now: datetime, seconds: float, attempts: int) -> str | None:
-    """Take or renew the lease until now + seconds. Returns None on success, else who holds it ("kind holder")."""
-    row = [(SERVING, holder, kind, now + timedelta(seconds=seconds))]
+def take(
+    storage: Storage,
+    holder: str,
+    kind: str,
+    now: datetime,
+    seconds: float,
+    attempts: int,
+    token: str = "",
+    renew: bool = False,
+) -> str | None:
+    """Take the lease until now + seconds, or with `renew` keep it. Returns None on success, else who holds it.
+
+    token: of the process. A holder's next process has the lease at once, and the one before cannot renew it any more.
+    """
+    row = [(SERVING, holder, kind, token, now + timedelta(seconds=seconds))]
     source = storage.spark.createDataFrame(row, WRITER_LEASE.schema)
-    mine_or_free = (F.col("t.holder") == holder) | (F.col("t.expires_at") < F.lit(now))
+    mine = (F.col("t.holder") == holder) & (F.col("t.token") == token)
+    mine_or_free = mine if renew else (F.col("t.holder") == holder) | (F.col("t.expires_at") < F.lit(now))
 
     def write() -> None:
         (
@@ -49,7 +63,7 @@ def take(storage: Storage, holder: str, kind: str, now: datetime, seconds: float
 
     with_retries(write, attempts, WRITER_LEASE.name)
     found = storage.read(WRITER_LEASE).where(F.col("name") == SERVING).first()
-    if found is None or found.holder == holder:
+    if found is None or (found.holder, found.token) == (holder, token):
         return None
     return f"{found.kind} ({found.holder})"
 
@@ -64,7 +78,9 @@ class Lease:
     def __init__(self, storage: Storage, holder: str, kind: str, seconds: float, attempts: int, wait: bool) -> None:
         self.storage, self.holder, self.kind = storage, holder, kind
         self.seconds, self.attempts, self.wait = seconds, attempts, wait
+        self.token = uuid.uuid4().hex
         self.lost_to: str | None = None
+        self._until = datetime.min.replace(tzinfo=UTC)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
@@ -82,20 +98,30 @@ class Lease:
         self._done.set()
         self._thread.join()
         if self.lost_to is None:
-            take(self.storage, self.holder, self.kind, datetime.now(UTC) - timedelta(seconds=1), 0, self.attempts)
+            ended = datetime.now(UTC) - timedelta(seconds=1)
+            take(self.storage, self.holder, self.kind, ended, 0, self.attempts, self.token, renew=True)
 
     def check(self) -> None:
-        """Raise WriterBusyError if the lease ran out and another process took it: nothing more may be written."""
+        """Raise WriterBusyError if the lease ran out or another process took it: nothing more may be written.
+
+        One that ran out may have been taken and given back: what this process knows of the tables is no longer sure.
+        """
+        if self.lost_to is None and datetime.now(UTC) > self._until:
+            raise WriterBusyError("the lease of the tables ran out while this process stood still; start it again")
         if self.lost_to is not None:
             raise WriterBusyError(f"the tables were taken over by {self.lost_to}; start this process again")
 
-    def _take(self) -> str | None:
-        return take(self.storage, self.holder, self.kind, datetime.now(UTC), self.seconds, self.attempts)
+    def _take(self, renew: bool = False) -> str | None:
+        now = datetime.now(UTC)
+        other = take(self.storage, self.holder, self.kind, now, self.seconds, self.attempts, self.token, renew)
+        if other is None and (not renew or now <= self._until):
+            self._until = now + timedelta(seconds=self.seconds)
+        return other
 
     def _renew(self) -> None:
         while not self._done.wait(self.seconds / 3):
             try:
-                self.lost_to = self._take()
+                self.lost_to = self._take(renew=True)
             except Exception:
                 # A failed renewal is no loss yet: two more come before the lease runs out.
                 log.warning("could not renew the lease of the serving tables", exc_info=True)

@@ -175,6 +175,7 @@ class _Booking:
             self.span = F.col("arrival_time").isNull() | between
         self.retraction_type = settings.events.retraction_type
         self.small = self.raw <= _BROADCAST_ROWS
+        self.only_new = False
 
     def run(self) -> Recorded:
         if not self.valid:
@@ -192,10 +193,7 @@ class _Booking:
         accepted = accepted.select(*EVENTS.schema.names)
         table = None
         if self.table is not None:
-            if found[E.NEW] == self.valid and not self.retractions:
-                table = self._valid_table().select(EVENTS.schema.names)
-            else:
-                table = accepted.toArrow()
+            table = self._valid_table().select(EVENTS.schema.names) if self.only_new else accepted.toArrow()
         return Recorded(counts, added, accepted, table, refold, self.first_arrival, self.cuts, writes)
 
     def _valid_table(self) -> pa.Table:
@@ -205,6 +203,8 @@ class _Booking:
     def _brings_only_new(self) -> bool:
         """Whether no event_id of the batch occurs twice, in it or in `events`, and no retraction is about."""
         if self.table is None:
+            if self.known_ids is not None:
+                self.known_ids.add_rows(self._valid_rows(), self.valid)
             return False
         valid = self._valid_table()
         if self.known_ids is not None:
@@ -227,8 +227,9 @@ class _Booking:
         Of `events` at one version: what is computed again later must not see what was written in between.
         """
         names = (E.NEW, E.SUPERSEDING, E.STORED, E.DUPLICATE)
-        if self._brings_only_new():
-            # The common case, told by one job; what follows takes several.
+        self.only_new = self._brings_only_new()
+        if self.only_new:
+            # The common case; what follows takes several jobs.
             return E.all_new(self._valid_rows()), {**dict.fromkeys(names, 0), E.NEW: self.valid, "retractions": 0}
         totals = {n: F.count_if(F.col("outcome") == n) for n in names}
         retraction = (F.col("event_type") == self.retraction_type) & (F.col("raw_id") == F.col("kept_raw_id"))

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import to_arrow_schema
 
 from nightstream.blocks import Windows
 from nightstream.by_user import by_user
@@ -26,6 +27,7 @@ STATE_COLUMNS = ("user_id", "revision", "window", "seen", "seen_overflowed")
 EVENT_COLUMNS = ("user_id", "event_id", "event_time", "content_hash", "item_id", "event_type", "value")
 USER_COLUMNS = ("user_id", "categories", "numbers")
 OVERFLOW_COLUMNS = ("user_id", "item_id")
+NOBODY = to_arrow_schema(REFRESHED, timezone="UTC").empty_table()
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,16 @@ class Refresher:
         states: user_id, revision, window, seen, seen_overflowed; no vector is needed, it is computed anew.
         events: EVENTS rows, retractions taken out (see events.live).
         users: USERS rows; a user that is missing there has no attributes, one that is on neither side is left out.
-        overflow: SEEN_OVERFLOW rows, or None where no state has overflowed.
+        overflow: SEEN_OVERFLOW rows, or None where no user has overflowed before.
         The revision of each row is that of the state plus one; `overflow` in a row is what must go to the side table
         before the row is committed; `as_of` is the newest event time in the window, null for an empty one.
         """
         folded = fold(states, events, self.rules)
+        if not folded.num_rows:
+            return NOBODY
         for name in ("categories", "numbers"):
             folded = folded.append_column(name, _attribute(folded["user_id"], users, name))
-        folded = folded.append_column("older_seen", _older(folded["user_id"], overflow))
+        folded = folded.append_column("older_seen", _older(folded, overflow))
         return _scored(folded, self.payload, self.top_k)
 
 
@@ -66,7 +70,8 @@ def refresh(
         "users": users.select(*USER_COLUMNS),
     }
     if overflow is not None:
-        frames["overflow"] = overflow.select(*OVERFLOW_COLUMNS)
+        # Every night over the whole history appends the same rows again.
+        frames["overflow"] = overflow.select(*OVERFLOW_COLUMNS).distinct()
 
     def whole_users(tables: dict[str, pa.Table]) -> pa.Table:
         return refresher(tables["states"], tables["events"], tables["users"], tables.get("overflow"))
@@ -89,14 +94,19 @@ def _attribute(user_ids: pa.ChunkedArray, users: pa.Table, name: str) -> pa.Chun
     return users[name].take(pc.index_in(user_ids, value_set=combined(users["user_id"])))
 
 
-def _older(user_ids: pa.ChunkedArray, overflow: pa.Table | None) -> pa.ListArray:
-    """list<string>, one entry per user: the consumed items of the side table."""
-    kind = pa.list_(pa.string())
-    if overflow is None or not overflow.num_rows:
-        return pa.nulls(len(user_ids), kind)
-    owner = pc.index_in(overflow["user_id"], value_set=combined(user_ids))
-    rows = pa.table({"owner": owner, "item_id": overflow["item_id"]}).filter(pc.is_valid(owner)).sort_by("owner")
-    sizes = np.bincount(np.asarray(rows["owner"], np.int64), minlength=len(user_ids))
+def _older(folded: pa.Table, overflow: pa.Table | None) -> pa.ListArray:
+    """list<string>, one entry per folded row: the consumed items that are not in its seen, those that this very fold
+    pushes out included. Only the side table's rows of users that have overflowed count."""
+    fresh = combined(folded["overflow"])
+    owners = [pa.array(np.repeat(np.arange(len(fresh)), np.asarray(pc.list_value_length(fresh))))]
+    items = [fresh.flatten().field("item_id")]
+    if overflow is not None:
+        owner = pc.index_in(overflow["user_id"], value_set=combined(folded["user_id"])).cast(pa.int64())
+        counts = pc.fill_null(folded["seen_overflowed"].take(owner), False)
+        owners += owner.filter(counts).chunks
+        items += overflow["item_id"].filter(counts).chunks
+    rows = pa.table({"owner": pa.chunked_array(owners), "item_id": pa.chunked_array(items)}).sort_by("owner")
+    sizes = np.bincount(np.asarray(rows["owner"], np.int64), minlength=len(fresh))
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), combined(rows["item_id"]))
 

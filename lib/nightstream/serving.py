@@ -67,7 +67,7 @@ def commit(
         count = refreshed.table.num_rows
         kinds = {"refreshed_at": TIME, "writer": pa.string(), "batch_id": pa.int64()}
         columns = {name: pa.repeat(pa.scalar(told[name], kind), count) for name, kind in kinds.items()}
-        columns = {f.name: columns.get(f.name) or refreshed.table[f.name] for f in REFRESHES.schema}
+        columns = {n: columns[n] if n in columns else refreshed.table[n] for n in REFRESHES.schema.names}
         committed = Cut.of(storage.spark, pa.table(columns), REFRESHES.schema, {})
     else:
         literals = {name: F.lit(value).cast(REFRESHES.schema[name].dataType) for name, value in told.items()}

@@ -196,7 +196,7 @@ METRICS = TableSpec(
 WRITER_LEASE = TableSpec(
     "writer_lease",
     "the one row that says which process may write the serving tables, and until when",
-    _struct(name=STRING, holder=STRING, kind=STRING, expires_at=TIME),
+    _struct(name=STRING, holder=STRING, kind=STRING, token=STRING, expires_at=TIME),
     ("name",),
 )
 
