@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from nightstream import cli
-from nightstream.errors import NightstreamError, SourceError
+from nightstream.errors import NightstreamError, RejectedError, SourceError
 from pyspark.errors import AnalysisException
 
 ROOT = Path(__file__).parent.parent
@@ -157,6 +157,18 @@ def test_what_a_person_can_mend_is_one_sentence(step, error, sentence, capsys):
     assert len(lines) == 1
     assert sentence in lines[0]
     assert "SQLSTATE" not in lines[0]
+    assert seen.spark.stopped
+
+
+@pytest.mark.parametrize("command", ["publish", "nightly"])
+def test_a_rejected_model_has_an_exit_code_of_its_own(step, command, capsys):
+    seen = step(command, RejectedError("model v2 was not published: NDCG@10 0.0100 against 0.1000"))
+    assert call(command, "--settings", BASE) == 3
+    shown = capsys.readouterr()
+    lines = [line for line in shown.err.splitlines() if line.startswith("nightstream: ")]
+    assert lines == ["nightstream: model v2 was not published: NDCG@10 0.0100 against 0.1000"]
+    assert "Traceback" not in shown.err
+    assert shown.out == ""
     assert seen.spark.stopped
 
 

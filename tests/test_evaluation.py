@@ -78,6 +78,22 @@ def test_prequential_knows_exactly_what_a_speed_layer_of_that_delay_would(spark)
     assert got == expected
 
 
+def test_the_list_before_each_target_knows_every_event_before_it(spark):
+    rng = random.Random(3)
+    events, rows = made(spark, [(f"u{rng.randrange(4)}", f"i{rng.randrange(9)}", rng.randrange(30)) for _ in range(50)])
+    users = spark.createDataFrame([("u0",)], "user_id string").selectExpr("user_id", "null categories", "null numbers")
+    targets = spark.createDataFrame([(r[0],) for r in rows[::3]], "event_id string")
+    expected = {}
+    for row in rows[::3]:
+        mine = sorted((r for r in rows if r[1] == row[1]), key=lambda r: (r[4], r[0]))
+        before = mine[: mine.index(row)]
+        told = {"w": [r[0] for r in before][-LENGTH:], "s": sorted(r[2] for r in before)}
+        expected[row[0]] = (row[1], row[2], bool(before), str(told).replace("'", '"').replace(" ", ""))
+    found = evaluation.before_each(events, targets, Told(users)).collect()
+    assert len(found) == len(expected)
+    assert {r.event_id: (r.user_id, r.target_item_id, r.known, r["items"][0].item_id) for r in found} == expected
+
+
 def test_leave_one_out_keeps_the_test_event_out_and_single_events_in(spark):
     events, _ = made(spark, [("u", "a", 1), ("u", "b", 2), ("u", "c", 3), ("v", "d", 1)])
     users = spark.createDataFrame([], "user_id string")
@@ -112,6 +128,8 @@ def test_scores_of_known_ranks(spark):
     assert found[0.0, "known"]["ndcg@5"] == pytest.approx(1 / 2)
     assert found[0.0, "unknown"]["hr@5"] == 0.0
     assert found[None, "all"]["hr@20"] == 0.0
+    gains = [r.gain for r in evaluation.gains(frame, 10).where("delay_s = 0").orderBy("user_id").collect()]
+    assert gains == pytest.approx([1, 1 / math.log2(8), 0])
     written = evaluation.predictions(frame)
     assert written.columns == ["user_id", "target_item_id", "event_time", "delay_s", "rank", "item_id", "score"]
     assert written.count() == 43

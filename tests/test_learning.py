@@ -253,6 +253,31 @@ def test_learning_again_in_the_same_directory_trains_nothing(model: Model, work:
     }
 
 
+def test_before_the_refit_nothing_has_been_learnt_from_validation(tmp_path: Path) -> None:
+    """The last item of the ring is turned to in validation alone."""
+    sequences = histories()
+    only_valid = sequences.items == ITEMS
+    roles = np.where(only_valid, VALID, np.where(sequences.roles == VALID, TRAIN, sequences.roles)).astype(np.int8)
+    spec = replace(SPEC, encoders=("gru",), options=OPTIONS | {"epochs": 2}, use_ranker=False)
+    earlier: list[Model] = []
+    later = learn(
+        replace(sequences, roles=roles),
+        content(list(range(1, ITEMS + 1))),
+        IDS,
+        ["event"],
+        spec,
+        train_encoder,
+        tmp_path,
+        before_refit=earlier.append,
+    )
+    (before,) = earlier
+    assert before.members[0].trained.tolist() == [True] * (ITEMS - 1) + [False]
+    assert later.members[0].trained.all()
+    assert (before.sources.popularity[ITEMS], later.sources.popularity[ITEMS] > 0) == (0, True)
+    weights = [m.members[0].sequence.state_dict() for m in (before, later)]
+    assert any(not torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
 def test_other_data_is_learned_anew(work: Path) -> None:
     sequences = replace(histories(), items=histories().items[::-1].copy())
 

@@ -28,6 +28,14 @@ def test_by_time_cuts_the_newest_shares_and_never_tears_a_second_apart(spark):
     assert newest_of[RANK] < oldest_of[VALID]
 
 
+def test_what_is_held_out_lies_after_all_that_is_learnt_before_the_refit(spark):
+    events = splits.by_time(frame(spark, [("u", n // 2) for n in range(100)]), 0.1, 0.2)
+    after, until = splits.held_out_after(events)
+    at = {r.event_id: (round(r.event_time.replace(tzinfo=UTC).timestamp() * 1e6), r.role) for r in events.collect()}
+    assert {e for e, (_, role) in at.items() if role == VALID} == {e for e, (t, _) in at.items() if after < t <= until}
+    assert splits.held_out_after(events.limit(0)) == (0, 0)
+
+
 def test_leave_last_out_takes_the_last_by_time_then_id(spark):
     events = frame(spark, [("u", 5), ("u", 5), ("u", 1), ("u", 9), ("u", 5), ("single", 3)])
     roles = {r.event_id: r.role for r in splits.leave_last_out(events).collect()}

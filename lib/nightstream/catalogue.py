@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import uuid
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -86,6 +87,18 @@ def load_payload(storage: Storage, version: str, files: dict[str, bytes] | None 
     content = encode_catalogue(table)
     digest = hashlib.sha256(content).hexdigest()[:12]
     return Payload(version, digest, files or registry.load_artifacts(storage, version), content)
+
+
+def payload_of(name: str, files: dict[str, bytes], items: DataFrame) -> Payload:
+    """A payload that no table holds: the files of a model with the embeddings of `items` (ITEMS rows), made for this.
+
+    Both are bounded by what one worker must hold.
+    """
+    # Workers keep what they decode by name and catalogue version, and other files may have had this name before.
+    encoder = Payload(name, uuid.uuid4().hex, files, NO_ITEMS)
+    embedded = embed(items, encoder).select("item_id", "vector")
+    table = items.join(embedded, "item_id").select("item_id", "title", "available", "vector").toArrow()
+    return Payload(name, encoder.catalogue_version + "+", files, encode_catalogue(table))
 
 
 def embed_missing(storage: Storage, items: DataFrame, payload: Payload) -> int:

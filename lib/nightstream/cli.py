@@ -80,13 +80,17 @@ def publish(
     log_json: Json = False,
     as_of: AsOf = None,
     version: Annotated[
-        str | None, typer.Option("--version", metavar="VERSION", help="Model version; default the newest trained one.")
+        str | None,
+        typer.Option(
+            "--version", metavar="VERSION", help="Any model version; default the newest trained one not rejected."
+        ),
     ] = None,
 ) -> None:
     """Let a trained model serve, or roll back to an older one.
 
-    One commit, after a check that the model can serve; an older --version rolls back to it. A running stream takes
-    it over with its next micro-batches.
+    One commit, after a check that the model can serve and that it is not worse than the published one by more than
+    gate.margin; a worse one is kept as rejected, and the exit code is 3. --version publishes whatever you name, an
+    older one, to roll back, or a rejected one. A running stream takes it over with its next micro-batches.
     """
     _run("publish", files, overrides, log_json, as_of=moment(as_of), version=version)
 
@@ -105,6 +109,8 @@ def nightly(files: Files, overrides: Overrides = None, log_json: Json = False, a
     """The whole night: ingest, train, publish, apply.
 
     Until the new model is published, the old one and its lists stay as they are, so a night that died is run again.
+    Where the new model is worse than the published one by more than gate.margin, the published one serves on, with
+    the night's events, and the exit code is 3.
     """
     _run("nightly", files, overrides, log_json, as_of=moment(as_of))
 
@@ -179,7 +185,8 @@ def demo(files: Files, overrides: Overrides = None, log_json: Json = False, as_o
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a command line and exit: 0, 1 for a defect of ours, 2 for something that the user can mend."""
+    """Run a command line and exit: 0, 1 for a defect of ours, 2 for something that the user can mend, 3 where a new
+    model was rejected."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         code = app(args=arguments, prog_name="nightstream", standalone_mode=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class NightstreamError(Exception):
-    """A problem in what was given to us (settings, sources, tables); commands print it alone and exit with 2."""
+    """A problem in what was given to us (settings, sources, tables); commands print it and exit with exit_code."""
 
     exit_code = 2
 
@@ -27,6 +27,12 @@ class TableError(NightstreamError):
 
 class ArtifactError(NightstreamError):
     """A model's artifacts are missing, damaged, or made for something else."""
+
+
+class RejectedError(NightstreamError):
+    """A newly trained model is worse than the published one by more than settings allow, and was not published."""
+
+    exit_code = 3
 
 
 class MachineError(NightstreamError):

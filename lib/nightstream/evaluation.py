@@ -77,6 +77,31 @@ def leave_one_out(events: DataFrame, served: Lister) -> DataFrame:
     )
 
 
+def before_each(events: DataFrame, targets: DataFrame, served: Lister) -> DataFrame:
+    """For each target the list that its user would have been served just before it, every event before it known.
+
+    events: all events of the targets' users, ordered within a user by (event_time, event_id). targets: event_id, of
+    some of them.
+    Returns one row per target: event_id, user_id, target_item_id, event_time, delay_s (0), known (the user has an event
+    before), items.
+    """
+    ordered = Window.partitionBy("user_id").orderBy("event_time", "event_id")
+    placed = events.withColumn("before", F.row_number().over(ordered) - 1)
+    tests = placed.join(targets.select("event_id"), "event_id", "left_semi").select(
+        "event_id",
+        "user_id",
+        F.col("item_id").alias("target_item_id"),
+        "event_time",
+        F.lit(0.0).alias("delay_s"),
+        (F.col("before") > 0).alias("known"),
+        F.col("before").alias("known_events"),
+        "before",
+    )
+    queries = tests.withColumnRenamed("event_id", "query_id").select("query_id", "user_id", "known_events", "before")
+    lists = _lists(queries, events, served).withColumnRenamed("query_id", "event_id")
+    return tests.drop("before", "known_events").join(lists, "event_id")
+
+
 def prequential(events: DataFrame, cut_micros: int, delays_s: Sequence[float], served: Lister) -> DataFrame:
     """Replay the events after the cut: before each one, the list that a speed layer of a given delay would have served.
 
@@ -120,17 +145,7 @@ def prequential(events: DataFrame, cut_micros: int, delays_s: Sequence[float], s
     ).persist()
     # Many cases share one state (a burst of events under a long delay), and each state is refreshed once.
     queries = tests.select("query_id", "user_id", "known_events", "before").distinct()
-    lists = served.lists(
-        _states_before(queries, events, served.window_length),
-        events.limit(0),
-        queries.select("query_id", "user_id")
-        .join(served.users, "user_id")
-        .drop("user_id")
-        .withColumnRenamed("query_id", "user_id"),
-    )
-    return tests.join(lists.withColumnRenamed("user_id", "query_id"), "query_id").drop(
-        "query_id", "before", "known_events"
-    )
+    return tests.join(_lists(queries, events, served), "query_id").drop("query_id", "before", "known_events")
 
 
 def predictions(rows: DataFrame) -> DataFrame:
@@ -146,13 +161,12 @@ def scores(rows: DataFrame, catalogue_size: int) -> list[dict[str, Any]]:
     With one target per list, NDCG@k is 1 / log2(1 + rank) where rank <= k, else 0 (Järvelin and Kekäläinen, 2002).
     coverage: share of the catalogue that stands in at least one of the lists (to LIST_LENGTH).
     """
-    rank = F.array_position(F.transform("items", lambda i: i.item_id), F.col("target_item_id"))
-    ranked = rows.withColumn("rank", F.when(rank > 0, rank)).persist()
+    ranked = rows.withColumn("rank", _target_rank()).persist()
     measures = [F.count(F.lit(1)).alias("events")]
     for k in CUTOFFS:
         hit = F.coalesce(F.col("rank") <= k, F.lit(False))
         measures.append(F.avg(hit.cast("double")).alias(f"hr@{k}"))
-        measures.append(F.avg(F.when(hit, 1 / F.log2(1 + F.col("rank"))).otherwise(0.0)).alias(f"ndcg@{k}"))
+        measures.append(F.avg(_gain(F.col("rank"), k)).alias(f"ndcg@{k}"))
     groups = F.explode(F.array(F.lit("all"), F.when(F.col("known"), "known").otherwise("unknown")))
     by_group = ranked.withColumn("users", groups).groupBy("delay_s", "users").agg(*measures)
     items = ranked.select("delay_s", F.explode("items.item_id").alias("item_id"))
@@ -170,6 +184,29 @@ def scores(rows: DataFrame, catalogue_size: int) -> list[dict[str, Any]]:
         }
         for row in found
     ]
+
+
+def gains(rows: DataFrame, k: int) -> DataFrame:
+    """Evaluated rows -> with `gain`, what each target adds to NDCG@k: their mean is what `scores` calls ndcg@k."""
+    return rows.withColumn("gain", _gain(_target_rank(), k))
+
+
+def _target_rank() -> Column:
+    """The target's place in `items`, null where it is not there."""
+    place = F.array_position(F.transform("items", lambda i: i.item_id), F.col("target_item_id"))
+    return F.when(place > 0, place)
+
+
+def _gain(rank: Column, k: int) -> Column:
+    return F.when(rank <= k, 1 / F.log2(1 + rank)).otherwise(0.0)
+
+
+def _lists(queries: DataFrame, events: DataFrame, served: Lister) -> DataFrame:
+    """query_id, items: the list of each query (see _states_before) under the attributes of its user."""
+    described = queries.select("query_id", "user_id").join(served.users, "user_id").drop("user_id")
+    states = _states_before(queries, events, served.window_length)
+    lists = served.lists(states, events.limit(0), described.withColumnRenamed("query_id", "user_id"))
+    return lists.withColumnRenamed("user_id", "query_id")
 
 
 def _states_before(queries: DataFrame, events: DataFrame, length: int) -> DataFrame:

@@ -25,6 +25,7 @@ from nightstream.blocks import Sequences, UserFeatures
 from nightstream.feature_fit import fit as fit_statistics
 from nightstream.features import FeatureStatistics, transform_items, transform_users
 from nightstream.learning import LearnSpec, learn
+from nightstream.model import Model
 from nightstream.payload import FEATURES_FILE
 from nightstream.settings import Settings
 from nightstream.training import train_encoder
@@ -34,11 +35,13 @@ TAIL_SECONDS = 0.3
 
 @dataclass(frozen=True)
 class Fitted:
-    """A model as files, its validation metrics, and one history entry per encoder and epoch."""
+    """A model as files, its validation metrics, one history entry per encoder and epoch, and the files of the model as
+    it stood before the refit, when it had not learnt from the validation events."""
 
     files: dict[str, bytes]
     metrics: dict[str, float]
     history: list[dict[str, Any]]
+    before_refit: dict[str, bytes]
 
 
 def fit(settings: Settings, events: DataFrame, items: DataFrame, users: DataFrame, name: str) -> Fitted:
@@ -63,6 +66,7 @@ def fit(settings: Settings, events: DataFrame, items: DataFrame, users: DataFram
         threads=settings.training.threads,
         parallel=settings.training.parallel_encoders,
     )
+    earlier: list[Model] = []
     with progress.training_bar() as update:
         model = learn(
             sequences,
@@ -72,11 +76,13 @@ def fit(settings: Settings, events: DataFrame, items: DataFrame, users: DataFram
             spec,
             _launcher(settings, update),
             work / "learning",
+            before_refit=earlier.append,
         )
     history = _history(work / "learning")
     shutil.rmtree(work)
-    files = model.to_artifacts() | {FEATURES_FILE: statistics.to_json().encode()}
-    return Fitted(files, _flat(model.metrics), history)
+    features = {FEATURES_FILE: statistics.to_json().encode()}
+    before_refit = earlier[0].to_artifacts() | features
+    return Fitted(model.to_artifacts() | features, _flat(model.metrics), history, before_refit)
 
 
 def _history(work: Path) -> list[dict[str, Any]]:

@@ -69,13 +69,16 @@ def learn(
     train: Launcher,
     work_dir: str | Path,
     note: Callable[[str, dict[str, Any]], None] | None = None,
+    before_refit: Callable[[Model], None] | None = None,
 ) -> Model:
     """Trains encoders on TRAIN targets, a ranker on RANK targets, then the encoders further on everything.
 
     item_features, item_ids: the vocabulary, in the order of the rows in sequences. train: runs
     training.train_encoder(spec) in one or more processes and returns when all are done. work_dir: must be visible to
     those processes; what was finished there with the same inputs is not done again. note(stage, facts) is called
-    after each stage. Validation figures stand in Model.metrics. ValueError if the inputs do not fit together.
+    after each stage. before_refit is called with the whole model as it stands before the refit, when it has learnt from
+    TRAIN and RANK targets alone. Validation figures stand in Model.metrics. ValueError if the inputs do not fit
+    together.
     """
     if len(item_features) != len(item_ids):
         raise ValueError("item_features and item_ids must have one row per item each")
@@ -127,12 +130,15 @@ def learn(
                 ranker = None
         say("ranker", facts)
 
+    about = {"validation": facts, "epochs": epochs}
+    if before_refit is not None:
+        before_refit(Model(item_ids, event_types, members, sources, ranker, True, about))
     if spec.refit:
         everything = (TRAIN, RANK, VALID)
         members = [member for member, _ in trained("refit", everything)]
         say("refit", {"encoders": list(spec.encoders)})
         sources = fit_sources(sequences, len(item_ids), everything, spec.sources)
-    return Model(item_ids, event_types, members, sources, ranker, True, {"validation": facts, "epochs": epochs})
+    return Model(item_ids, event_types, members, sources, ranker, True, about)
 
 
 def labelled_groups(model: Model, sequences: Sequences, catalogue: Catalogue, targets: np.ndarray) -> LabelledGroups:

@@ -1,7 +1,8 @@
 """Model versions as Delta rows: artifacts first, then one commit that publishes.
 
 A version is readable only once a row of `models` names it, and serves only once a row says `published`; the newest
-published row is the model that serves, so rolling back is publishing an older version again.
+published row is the model that serves, so rolling back is publishing an older version again. A version that the gate
+rejected stays, with a row that says so, and can still be published by name.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from nightstream.errors import ArtifactError, TableError
@@ -50,15 +52,20 @@ def save_artifacts(storage: Storage, version: str, files: dict[str, bytes]) -> N
     storage.overwrite(MODEL_ARTIFACTS, frame, where=f"model_version = '{version}'")
 
 
-def load_artifacts(storage: Storage, version: str) -> dict[str, bytes]:
-    """The files of a version. Raises ArtifactError where one is missing, incomplete or damaged.
+def load_artifacts(storage: Storage, version: str, folder: str = "") -> dict[str, bytes]:
+    """The files of a version, by name; with `folder` those that were saved as "folder/name", else those without one.
+    Raises ArtifactError where one is missing, incomplete or damaged.
 
     The driver holds one model, which is what a worker must hold too.
     """
-    rows = storage.read(MODEL_ARTIFACTS).where(F.col("model_version") == version).orderBy("file", "part").collect()
+    name = F.col("file")
+    inside = name.startswith(f"{folder}/") if folder else ~name.contains("/")
+    kept = storage.read(MODEL_ARTIFACTS).where((F.col("model_version") == version) & inside)
+    rows = kept.withColumn("file", F.substring_index(name, "/", -1)).orderBy("file", "part").collect()
     if not rows:
+        what = f"artifacts under {folder}" if folder else "artifacts"
         raise ArtifactError(
-            f"model {version} has no artifacts in {MODEL_ARTIFACTS.name}; publish another version or train anew"
+            f"model {version} has no {what} in {MODEL_ARTIFACTS.name}; publish another version or train anew"
         )
     files: dict[str, bytes] = {}
     for name in sorted({r.file for r in rows}):
@@ -85,12 +92,35 @@ def record(
 
 
 def publish(storage: Storage, version: str, at: datetime) -> ModelRow:
-    """Publish a trained version, new or old. Raises TableError where the version is unknown."""
-    known = newest(storage, None, version)
-    if known is None:
-        raise TableError(f"model {version} is not in {MODELS.name}; train it first or name another version")
+    """Publish a trained version, new, old or rejected. Raises TableError where the version is unknown."""
+    known = _known(storage, version)
     record(storage, version, PUBLISHED, at, known.settings, known.metrics, known.history)
     return ModelRow(version, PUBLISHED, at, known.settings, known.metrics, known.history)
+
+
+def reject(storage: Storage, version: str, at: datetime, numbers: dict[str, float]) -> None:
+    """Mark a trained version as rejected, the numbers of the decision among its metrics. Raises TableError where the
+    version is unknown."""
+    known = _known(storage, version)
+    record(storage, version, REJECTED, at, known.settings, {**known.metrics, **numbers}, known.history)
+
+
+def candidate(storage: Storage) -> ModelRow | None:
+    """The newest trained version that is not rejected, None where there is none.
+
+    A rejected version that has been published since is not rejected any more: a person has decided.
+    """
+    rows = storage.read(MODELS)
+
+    def newest_at(status: str) -> Column:
+        return F.max(F.when(F.col("status") == status, F.col("at")))
+
+    life = rows.groupBy("model_version").agg(
+        newest_at(REJECTED).alias("rejected_at"), newest_at(PUBLISHED).alias("published_at")
+    )
+    overruled = F.coalesce(F.col("published_at") >= F.col("rejected_at"), F.lit(False))
+    out = life.where(F.col("rejected_at").isNotNull() & ~overruled).select("model_version")
+    return _newest(rows.where(F.col("status") == TRAINED).join(out, "model_version", "left_anti"))
 
 
 def published(storage: Storage) -> ModelRow:
@@ -108,6 +138,17 @@ def newest(storage: Storage, status: str | None = None, version: str | None = No
         rows = rows.where(F.col("status") == status)
     if version is not None:
         rows = rows.where(F.col("model_version") == version)
+    return _newest(rows)
+
+
+def _known(storage: Storage, version: str) -> ModelRow:
+    known = newest(storage, None, version)
+    if known is None:
+        raise TableError(f"model {version} is not in {MODELS.name}; train it first or name another version")
+    return known
+
+
+def _newest(rows: DataFrame) -> ModelRow | None:
     found = rows.orderBy(F.desc("at"), F.desc("model_version")).limit(1).collect()
     if not found:
         return None

@@ -162,6 +162,18 @@ class TrainingSettings(Section):
     ranking_fraction: float = Field(ge=0.001, le=0.4)
 
 
+class GateSettings(Section):
+    margin: float | None = Field(ge=0, le=1)
+    min_events: int = Field(ge=1, le=1_000_000)
+    sample_events: int = Field(ge=1, le=1_000_000)
+
+    @model_validator(mode="after")
+    def _reachable(self) -> GateSettings:
+        if self.min_events > self.sample_events:
+            raise ValueError("min_events must not exceed sample_events")
+        return self
+
+
 class ServingSettings(Section):
     top_k: int = Field(ge=1, le=1000)
     default_user: str = Field(min_length=1)
@@ -189,6 +201,7 @@ class Settings(Section):
     window: WindowSettings
     features: FeatureSettings
     training: TrainingSettings
+    gate: GateSettings
     serving: ServingSettings
     evaluation: EvaluationSettings
 

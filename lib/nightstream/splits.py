@@ -33,6 +33,14 @@ def by_time(events: DataFrame, validation_fraction: float, ranking_fraction: flo
     return events.withColumn("role", role.cast("byte"))
 
 
+def held_out_after(events: DataFrame) -> tuple[int, int]:
+    """Events with `role` -> (newest time of those that training learns from before the refit, newest time of all),
+    microseconds; those of role VALID lie between the two under by_time. (0, 0) for no events."""
+    at = F.unix_micros("event_time")
+    row = events.agg(F.max(F.when(F.col("role") != VALID, at)), F.max(at)).first()
+    return (0, 0) if row is None else (int(row[0] or 0), int(row[1] or 0))
+
+
 def leave_last_out(events: DataFrame) -> DataFrame:
     """Events -> with `role`: each user's last event TEST, the one before VALID, the third-last RANK, the rest TRAIN.
 

@@ -177,7 +177,8 @@ RECOMMENDATIONS = TableSpec(
 )
 MODELS = TableSpec(
     "models",
-    "one step in the life of a model version (trained, published); the newest published row is the model that serves",
+    "one step in the life of a model version (trained, rejected, published); the newest published row is the one that "
+    "serves",
     _struct(model_version=STRING, status=STRING, at=TIME, settings=STRING, metrics=STRING, history=STRING),
     ("model_version", "status", "at"),
 )

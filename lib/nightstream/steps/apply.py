@@ -13,6 +13,7 @@ from nightstream.errors import WriterBusyError
 from nightstream.lease import Lease, this_process
 from nightstream.settings import Settings
 from nightstream.storage import Storage
+from nightstream.tables import ITEMS
 
 log = logging.getLogger(__name__)
 KIND = "nightly"
@@ -33,6 +34,9 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, A
             serving.merge_tail(storage, serving.list_width(storage, serving_settings.top_k), attempts)
             version = registry.published(storage).model_version
             payload = catalogue.load_payload(storage, version)
+            # A model that goes on serving, or serves again, has not met the items that are newer than it.
+            if catalogue.embed_missing(storage, storage.read_or_empty(ITEMS), payload):
+                payload = catalogue.load_payload(storage, version, payload.files)
             writer = f"nightly {as_of:%Y%m%dT%H%M%S} {version}"
             users = layers.apply_all(storage, settings, payload, writer, 0, layers.utc_now())
     except WriterBusyError as busy:

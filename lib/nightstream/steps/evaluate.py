@@ -19,7 +19,6 @@ from nightstream.errors import SourceError
 from nightstream.evaluation import Lister, Served
 from nightstream.events import NEW, live, raw_rows, resolve
 from nightstream.learning_files import write_atomically
-from nightstream.payload import Payload, encode_catalogue
 from nightstream.settings import Settings
 from nightstream.tables import EVENTS
 
@@ -100,7 +99,12 @@ def fit(settings: Settings, parts: Split) -> fitting.Fitted:
 
 def served(settings: Settings, parts: Split, files: dict[str, bytes]) -> Served:
     """A fitted model's files as what the refresh serves."""
-    return Served(_payload(files, parts.items), parts.users, settings.window.length, settings.events.window_types)
+    return Served(
+        catalogue.payload_of("evaluation", files, parts.items),
+        parts.users,
+        settings.window.length,
+        settings.events.window_types,
+    )
 
 
 def judged(parts: Split, lister: Lister, delays_s: Sequence[float]) -> DataFrame:
@@ -124,14 +128,6 @@ def clean_events(spark: SparkSession, settings: Settings) -> DataFrame:
     events = live(distinct.select(*EVENTS.schema.names), rules.retraction_type)
     events = events.where(F.col("event_type").isin(*rules.window_types))
     return events.withColumn("event_id", F.concat(tie, F.lit("/"), "event_id"))
-
-
-def _payload(files: dict[str, bytes], items: DataFrame) -> Payload:
-    """A payload that no table holds: the fitted model with the embeddings of `items`, bounded by the catalogue."""
-    encoder = Payload("evaluation", uuid.uuid4().hex, files, catalogue.NO_ITEMS)
-    embedded = catalogue.embed(items, encoder).select("item_id", "vector")
-    table = items.join(embedded, "item_id").select("item_id", "title", "available", "vector").toArrow()
-    return Payload("evaluation", encoder.catalogue_version + "+", files, encode_catalogue(table))
 
 
 def write_predictions(rows: DataFrame, target: str) -> None:

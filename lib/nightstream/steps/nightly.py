@@ -7,19 +7,31 @@ from typing import Any
 
 from pyspark.sql import SparkSession
 
+from nightstream.errors import RejectedError
 from nightstream.settings import Settings
 from nightstream.steps import apply, ingest, publish, train
+from nightstream.storage import Storage
 
 
 def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, Any]:
     """Each step leaves complete tables behind, so a night that died is run again from the start.
 
-    Until the publishing commit the last published model and its recommendations stay as they are. Beside a running
-    stream it trains on the events that the tables hold, those of the stream included.
+    Until the publishing commit the last published model and its recommendations stay as they are. Where the gate
+    rejects the new model, the published one serves on: apply brings everyone's list up to the night's events under it,
+    and RejectedError is raised at the end. Beside a running stream it trains on the events that the tables hold, those
+    of the stream included.
     """
-    return {
+    told: dict[str, Any] = {
         "ingest": ingest.run(spark, settings, beside_stream=True),
         "train": train.run(spark, settings, as_of),
-        "publish": publish.run(spark, settings, as_of),
-        "apply": apply.run(spark, settings, as_of),
     }
+    rejected: RejectedError | None = None
+    try:
+        version = told["train"]["model_version"]
+        told["publish"] = publish.through_gate(Storage(spark, settings.storage), settings, as_of, version)
+    except RejectedError as error:
+        rejected = error
+    told["apply"] = apply.run(spark, settings, as_of)
+    if rejected is not None:
+        raise rejected
+    return told

@@ -7,7 +7,7 @@ from typing import Any
 
 from pyspark.sql import SparkSession
 
-from nightstream import catalogue, fitting, registry, splits
+from nightstream import catalogue, fitting, gate, registry, splits
 from nightstream.errors import TableError
 from nightstream.events import live
 from nightstream.payload import Payload
@@ -30,7 +30,8 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, A
     roles = splits.by_time(consumed, settings.training.validation_fraction, settings.training.ranking_fraction)
     items = catalogue.known_items(storage.read_or_empty(ITEMS), events)
     fitted = fitting.fit(settings, roles, items, storage.read_or_empty(USERS), "training")
-    registry.save_artifacts(storage, version, fitted.files)
+    kept = gate.artifacts(fitted.before_refit, *splits.held_out_after(roles))
+    registry.save_artifacts(storage, version, fitted.files | kept)
     payload = Payload(version, "", fitted.files, catalogue.NO_ITEMS)
     storage.overwrite(ITEM_EMBEDDINGS, catalogue.embed(items, payload), where=f"model_version = '{version}'")
     registry.record(
