@@ -5,7 +5,8 @@ before each event: the whole catalogue ranked, seen items removed, items that a 
 content. What makes that fair:
 
 - Neither model as it serves can be asked. The refit has shown the newer one its validation events, and on data that
-  hardly grew overnight the published one has learnt from most of them too: the better memory would win.
+  hardly grew overnight the published one has learnt from most of them too: the better memory would win. (On
+  MovieLens-100k eight epochs then score 0.18, a single one 0.21; before the refit it is 0.123 and 0.114.)
 - The newer model before its refit against the published one as it serves would be no fairer. The one has not
   learnt from its newest tenth (by the default fractions), the other from none but the last night's: on new items the
   older would always win, and nothing would be published any more.
