@@ -218,6 +218,7 @@ def test_only_events_newer_than_what_either_model_has_learnt_are_judged(spark, n
     assert first in verdict.reason
 
 
+@pytest.mark.slow
 def test_after_a_rejected_night_the_published_model_serves_on_with_what_is_new(spark, night, tmp_path, monkeypatch):
     storage, settings = night("night")
     first = registry.published(storage).model_version

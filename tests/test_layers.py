@@ -177,7 +177,7 @@ def test_commits_of_driver_and_executors_are_merged_together(spark, night, tmp_p
     assert {r["user_id"] for r in [*rows[:40], *back]} <= stored.keys()
 
 
-@pytest.mark.parametrize("most", [0, layers.DRIVER_USERS])
+@pytest.mark.parametrize("most", [pytest.param(0, marks=pytest.mark.slow), layers.DRIVER_USERS])
 def test_a_consumed_item_stays_away_when_it_no_longer_fits_into_the_state(spark, night, tmp_path, monkeypatch, most):
     monkeypatch.setattr(layers, "DRIVER_USERS", most)
     storage, settings = night("overflow")
@@ -223,8 +223,7 @@ def crash(*_args, **_kwargs):
     "broken",
     [
         "append:refreshes",
-        "_merge_lists",
-        *[pytest.param(where, marks=pytest.mark.slow) for where in ("commit", "merge", "_merge_states")],
+        *[pytest.param(where, marks=pytest.mark.slow) for where in ("commit", "merge", "_merge_states", "_merge_lists")],
     ],
 )
 def test_killed_between_any_two_writes_it_ends_in_the_undisturbed_state(spark, night, tmp_path, monkeypatch, broken):

@@ -73,6 +73,7 @@ def test_a_restart_goes_on_and_a_deleted_checkpoint_changes_nothing(spark, night
     assert len(writers) == 2
 
 
+@pytest.mark.slow
 def test_nobody_writes_beside_another(spark, night):
     """A stream does not start while the night writes, and beside a stream the night leaves recording to it."""
     storage, settings = night("busy")
