@@ -223,7 +223,10 @@ def crash(*_args, **_kwargs):
     "broken",
     [
         "append:refreshes",
-        *[pytest.param(where, marks=pytest.mark.slow) for where in ("commit", "merge", "_merge_states", "_merge_lists")],
+        *[
+            pytest.param(where, marks=pytest.mark.slow)
+            for where in ("commit", "merge", "_merge_states", "_merge_lists")
+        ],
     ],
 )
 def test_killed_between_any_two_writes_it_ends_in_the_undisturbed_state(spark, night, tmp_path, monkeypatch, broken):
