@@ -7,13 +7,13 @@ content. What makes that fair:
 - Neither model as it serves can be asked. The refit has shown the newer one its validation events, and on data that
   hardly grew overnight the published one has learnt from most of them too: the better memory would win. (On
   MovieLens-100k eight epochs then score 0.18, a single one 0.21; before the refit it is 0.123 and 0.114.)
-- The newer model before its refit against the published one as it serves would be no fairer. The one has not
-  learnt from its newest tenth (by the default fractions), the other from none but the last night's: on new items the
-  older would always win, and nothing would be published any more.
+- The newer model before its refit against the published one as it serves would be no fairer. The one lacks the
+  newest tenth of the events (by the default fractions), the other only the last night's: where items are new every day
+  the published one would always win, and nothing would be published any more.
 - So each version keeps, beside the model that serves, the model as it stood before the refit, and those two meet. Each
-  is as much older than its own newest event as the other, so what lies between them is what the new training changed.
-  Only events newer than all that either has learnt from are judged. Early stopping has looked at validation events of
-  either, which favours the newer model by little.
+  lacks its own newest tenth, so what lies between them is what the new training changed. Only events newer than all
+  that either has learnt from are judged. Early stopping has looked at validation events of either, which favours the
+  newer model by little.
 - The refit itself is checked from the side that can be trusted: having learnt from the events, the model that would
   serve can only look better on them. Where it looks worse, something broke, and that lower figure counts.
 """
