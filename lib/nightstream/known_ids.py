@@ -27,9 +27,8 @@ class KnownIds:
     """
 
     def __init__(self, hashes: np.ndarray) -> None:
-        self._sorted = np.unique(hashes)
-        self._recent: set[int] = set()
-        self._claims_all = len(self._sorted) > MOST_IDS
+        self._claims_all = False
+        self._keep(np.unique(hashes))
 
     @classmethod
     def of(cls, events: DataFrame) -> KnownIds:
@@ -58,7 +57,7 @@ class KnownIds:
     def add_rows(self, rows: DataFrame, count: int) -> None:
         """Add the ids of rows (`with_hashes`) of any number, `count`."""
         if self._claims_all or len(self._sorted) + count > MOST_IDS:
-            self._claims_all, self._sorted, self._recent = True, np.array([], np.int64), set()
+            self._give_up()
             return
         ids = rows.select("id_hash").unionByName(
             rows.where(F.col("retracts").isNotNull()).select(F.col("retracts_hash").alias("id_hash"))
@@ -69,6 +68,11 @@ class KnownIds:
         self._keep(np.unique(np.concatenate([self._sorted, recent, found])))
 
     def _keep(self, hashes: np.ndarray) -> None:
-        self._sorted, self._recent = hashes, set()
+        """hashes: distinct, ascending."""
+        self._sorted: np.ndarray = hashes
+        self._recent: set[int] = set()
         if len(hashes) > MOST_IDS:
-            self._claims_all, self._sorted = True, np.array([], np.int64)
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self._claims_all, self._sorted, self._recent = True, np.array([], np.int64), set()

@@ -24,7 +24,16 @@ from nightstream.following import Follower
 from nightstream.known_ids import KnownIds
 from nightstream.ledger import Recorded, arrive, book
 from nightstream.payload import Payload
-from nightstream.refresh import NOBODY, OVERFLOW_COLUMNS, STATE_COLUMNS, USER_COLUMNS, Refresher, refresh, unfolded
+from nightstream.refresh import (
+    NO_EVENTS,
+    NOBODY,
+    OVERFLOW_COLUMNS,
+    STATE_COLUMNS,
+    USER_COLUMNS,
+    Refresher,
+    refresh,
+    unfolded,
+)
 from nightstream.settings import Settings
 from nightstream.storage import Storage
 from nightstream.tables import EVENTS, ITEMS, MODELS, SEEN_OVERFLOW, USER_VECTORS, USERS
@@ -205,7 +214,7 @@ class SpeedLayer:
         states, described, older = ahead.answer.result()
         states = states.filter(pc.is_in(states["user_id"], value_set=users))
         if events is None:
-            events = spark.createDataFrame([], EVENTS.schema).toArrow()
+            events = NO_EVENTS
         refreshed = refresher(self.settings, self.payload)(states, events, described, older)
         return serving.settled_table(spark, refreshed)
 

@@ -17,6 +17,7 @@ from nightstream.blocks import Catalogue
 from nightstream.errors import ArtifactError
 from nightstream.features import FeatureStatistics
 from nightstream.model import Model
+from nightstream.window import combined
 
 FEATURES_FILE = "features.json"
 KEPT_IN_A_WORKER = 2
@@ -90,12 +91,6 @@ def decode_catalogue(content: bytes) -> tuple[Catalogue, pa.Array]:
     titles = [title or item for title, item in zip(table["title"].to_pylist(), ids.to_pylist(), strict=True)]
     available = np.asarray(combined(table["available"]).to_numpy(zero_copy_only=False), dtype=bool)
     return Catalogue(ids.to_pylist(), matrix, available, titles), ids
-
-
-def combined(column: pa.ChunkedArray) -> pa.Array:
-    """The column as one array."""
-    array = column.combine_chunks()
-    return array if isinstance(array, pa.Array) else pa.concat_arrays(array.chunks)
 
 
 def names(items: Sequence[str], rows: np.ndarray) -> np.ndarray:

@@ -19,15 +19,16 @@ from nightstream.blocks import Windows
 from nightstream.by_user import by_user
 from nightstream.explain import STRATEGIES, reason_text
 from nightstream.features import transform_users
-from nightstream.payload import Loaded, Payload, combined, names, rows_of
-from nightstream.tables import LIST_ENTRY, REFRESHED, SEEN, WINDOW
-from nightstream.window import FoldRules, fold
+from nightstream.payload import Loaded, Payload, names, rows_of
+from nightstream.tables import EVENTS, LIST_ENTRY, REFRESHED, SEEN, WINDOW, WINDOW_EVENT
+from nightstream.window import STATES, FoldRules, combined, fold
 
-STATE_COLUMNS = ("user_id", "revision", "window", "seen", "seen_overflowed")
-EVENT_COLUMNS = ("user_id", "event_id", "event_time", "content_hash", "item_id", "event_type", "value")
+STATE_COLUMNS = tuple(STATES.names)
+EVENT_COLUMNS = ("user_id", *WINDOW_EVENT.names)
 USER_COLUMNS = ("user_id", "categories", "numbers")
 OVERFLOW_COLUMNS = ("user_id", "item_id")
 NOBODY = to_arrow_schema(REFRESHED, timezone="UTC").empty_table()
+NO_EVENTS = to_arrow_schema(EVENTS.schema, timezone="UTC").empty_table()
 
 
 @dataclass(frozen=True)

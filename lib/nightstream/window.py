@@ -98,6 +98,12 @@ def strings(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(pa.string())
 
 
+def combined(column: pa.ChunkedArray) -> pa.Array:
+    """The column as one array."""
+    array = column.combine_chunks()
+    return array if isinstance(array, pa.Array) else pa.concat_arrays(array.chunks)
+
+
 def newest_rows(tables: Sequence[pa.Table]) -> pa.Table:
     """Rows with user_id and revision -> the row of the highest revision of each user, ascending by user_id."""
     rows = pa.concat_tables(tables)
@@ -155,8 +161,7 @@ def _entries(lists: pa.ChunkedArray, owner: np.ndarray, columns: dict[str, pa.Da
         for name in columns:
             parts[name].append(flat.field(name))
     table = {OWNER: pa.array(np.repeat(owner, sizes))}
-    table |= {name: pa.chunked_array(parts[name], kind) if parts[name] else pa.chunked_array([], kind)
-              for name, kind in columns.items()}  # fmt: skip
+    table |= {name: pa.chunked_array(parts[name], kind) for name, kind in columns.items()}
     return pa.table(table)
 
 
@@ -168,7 +173,4 @@ def _lists(rows: pa.Table, count: int, columns: dict[str, pa.DataType]) -> pa.Li
 
 
 def _structs(rows: pa.Table, columns: dict[str, pa.DataType]) -> pa.StructArray:
-    arrays = [rows[name].combine_chunks() for name in columns]
-    return pa.StructArray.from_arrays(
-        [a if isinstance(a, pa.Array) else pa.concat_arrays(a.chunks) for a in arrays], names=list(columns)
-    )
+    return pa.StructArray.from_arrays([combined(rows[name]) for name in columns], names=list(columns))

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from baselines import Histories
 from nightstream.blocks import Sequences, UserFeatures
-from nightstream.payload import combined, rows_of
+from nightstream.payload import rows_of
 from nightstream.steps.evaluate import Split
-from nightstream.window import FoldRules, fold
+from nightstream.window import FoldRules, combined, fold
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
