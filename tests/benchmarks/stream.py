@@ -1,0 +1,188 @@
+"""How soon the stream shows what arrived, as ratios to the bare writes that it stands on.
+
+    python tests/benchmarks/stream.py --json out/stream.json
+
+The real streaming query runs over files of made-up events, on tables of 100,000 users and 20,000 items, then of ten
+times as many users. One micro-batch at a time: from the file's appearance to the commit (visible) and to the end of
+both MERGEs (merged), against an append and two MERGEs of the same rows into copies of the tables, in turn with it.
+Then files arrive at a rate that is doubled until the delay grows.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import statistics
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import numpy as np
+import psutil
+import typer
+from nightstream import logs, progress, session, settings
+from nightstream.learning_files import write_atomically
+from pyspark.sql import SparkSession
+from rich.table import Table
+from stream_clock import Bare, Sample, Stream
+from stream_world import BASE, enlarged, small
+
+EVENTS, USERS_PER_BATCH = 500, 200
+WARM = 4
+FILES_PER_SECOND = 4
+GROWING = 0.05  # seconds of delay per second
+
+
+def medians(samples: list[Sample]) -> dict[str, float]:
+    return {
+        name: statistics.median(getattr(s, name) for s in samples) for name in ("visible", "merged", "append", "merges")
+    }
+
+
+def measured(stream: Stream, bare: Bare, events: int, users: int, batches: int, label: str) -> dict[str, float]:
+    """Medians over the micro-batches after some that warm everything up."""
+    samples = []
+    for number in range(WARM + batches):
+        sample = stream.sample(events, users, bare)
+        progress.say(
+            f"{label} {number + 1 - WARM}/{batches}: visible {sample.visible:.2f} s (append {sample.append:.2f}), "
+            f"merged {sample.merged:.2f} s (MERGEs {sample.merges:.2f})"
+        )
+        samples.append(sample)
+    return medians(samples[WARM:])
+
+
+def sustained(stream: Stream, seconds: float, first_rate: int) -> dict[str, float]:
+    """The highest rate of those tried, each twice the one before, at which the delay does not grow."""
+    best: dict[str, float] = {}
+    rate = first_rate
+    while True:
+        found = at_rate(stream, rate, seconds)
+        progress.say(
+            f"{rate} events/s: p50 {found['p50']:.2f} s, p95 {found['p95']:.2f} s, p99 {found['p99']:.2f} s, "
+            f"delay grows by {found['slope']:.3f} s/s"
+        )
+        if found["slope"] > GROWING:
+            return best
+        best = {**found, "rate": rate}
+        rate *= 2
+
+
+def at_rate(stream: Stream, rate: int, seconds: float) -> dict[str, float]:
+    """Delays of events that arrive at an even rate, quantiles over all of them and growth over the last two thirds."""
+    clock, each = stream.clock, max(1, rate // FILES_PER_SECOND)
+    first, begun = len(clock.commits), time.monotonic()
+    drops: list[float] = []
+    while (now := time.monotonic()) < begun + seconds:
+        due = begun + len(drops) / FILES_PER_SECOND
+        if now < due:
+            time.sleep(due - now)
+        drops.append(stream.drop(each, each))
+    clock.wait(lambda: sum(n for _, n in clock.commits[first:]) >= each * len(drops))
+    # Files are taken in the order of their appearance, so what is committed first has come first.
+    moments, counts = (np.array(column) for column in zip(*clock.commits[first:], strict=True))
+    files = np.searchsorted(np.cumsum(counts), (np.arange(len(drops)) + 1) * each)
+    delays = moments[files] - np.array(drops)
+    late = slice(len(drops) // 3, None)
+    slope = float(np.polyfit(np.array(drops)[late], delays[late], 1)[0])
+    quantiles = {f"p{q}": float(np.percentile(delays, q)) for q in (50, 95, 99)}
+    return {**quantiles, "slope": slope}
+
+
+def memory_bytes() -> int:
+    """Of this process and its children, the JVM among them."""
+    here = psutil.Process()
+    return sum(p.memory_info().rss for p in [here, *here.children(recursive=True)])
+
+
+def run(
+    spark: SparkSession, folder: Path, users: int, items: int, batches: int, seconds: float, grown: int
+) -> dict[str, Any]:
+    """All measurements; `grown` times as many users in the second part, and events per micro-batch."""
+    progress.say(f"a model over {items:,} items; tables of {users:,} users")
+    origin = small(spark, folder / "small", items)
+    own = enlarged(spark, origin, folder / "own", users)
+    bare = Bare(spark, own, folder / "bare")
+    with Stream(spark, own, users, items, 2).running() as stream:
+        plain = measured(stream, bare, EVENTS, USERS_PER_BATCH, batches, "micro-batch")
+        more = measured(stream, bare, grown * EVENTS, grown * USERS_PER_BATCH, batches, f"{grown} x events")
+        before = memory_bytes()
+        lasting = sustained(stream, seconds, 50)
+        memory = {"before": before, "after": memory_bytes()}
+    progress.say(f"tables of {grown * users:,} users")
+    large = enlarged(spark, origin, folder / "large", grown * users)
+    large_bare = Bare(spark, large, folder / "large-bare")
+    with Stream(spark, large, grown * users, items, 3).running() as stream:
+        many = measured(stream, large_bare, EVENTS, USERS_PER_BATCH, batches, f"{grown} x users")
+    return {
+        "visible_over_append": plain["visible"] / plain["append"],
+        "micro_batch_over_merge": plain["merged"] / plain["merges"],
+        "ten_times_users": many["visible"] / plain["visible"],
+        "ten_times_events": more["visible"] / plain["visible"],
+        "events_per_second_per_core": lasting.get("rate", 0) / (os.cpu_count() or 1),
+        **{f"visible_p{q}_s": lasting.get(f"p{q}") for q in (50, 95, 99)},
+        "ten_times_users_merged": many["merged"] / plain["merged"],
+        "ten_times_users_merges": many["merges"] / plain["merges"],
+        "seconds": {"plain": plain, "ten_times_events": more, "ten_times_users": many},
+        "memory_bytes": memory,
+        "users": users,
+        "items": items,
+    }
+
+
+def table_of(found: dict[str, Any]) -> Table:
+    table = Table(title=f"{found['users']:,} users, {found['items']:,} items", title_justify="left")
+    for name in ("micro-batch", "visible s", "append s", "ratio", "merged s", "MERGEs s", "ratio"):
+        table.add_column(name, justify="right" if name != "micro-batch" else "left")
+    labels = {
+        "plain": f"{EVENTS} events of {USERS_PER_BATCH} users",
+        "ten_times_events": "ten times the events and users in it",
+        "ten_times_users": "ten times the users in the tables",
+    }
+    for name, label in labels.items():
+        row = found["seconds"][name]
+        table.add_row(
+            label,
+            *(f"{row[n]:.2f}" for n in ("visible", "append")),
+            f"{row['visible'] / row['append']:.1f}",
+            *(f"{row[n]:.2f}" for n in ("merged", "merges")),
+            f"{row['merged'] / row['merges']:.2f}",
+        )
+    return table
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def measure(
+    json_out: Annotated[Path | None, typer.Option("--json", metavar="OUT.json", help="Write the figures.")] = None,
+    users: Annotated[int, typer.Option("--users", help="Users in the tables, a multiple of 4,000.")] = 100_000,
+    items: Annotated[int, typer.Option("--items", help="Items in the catalogue.")] = 20_000,
+    batches: Annotated[int, typer.Option("--batches", help="Micro-batches that are measured each time.")] = 11,
+    seconds: Annotated[float, typer.Option("--seconds", help="How long each rate lasts.")] = 40.0,
+    grown: Annotated[int, typer.Option("--grown", help="How many times larger the larger ones are.")] = 10,
+    work: Annotated[Path | None, typer.Option("--work", help="Where the tables go; some GB.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
+) -> None:
+    """Measure the speed layer against the bare writes that it stands on."""
+    logs.configure(False)
+    loaded = settings.load([BASE], overrides or [])
+    spark = session.build(loaded.spark, "nightstream stream benchmark")
+    logging.getLogger("py4j").setLevel(logging.WARNING)
+    try:
+        with TemporaryDirectory(dir=work) as folder:
+            found = run(spark, Path(folder), users, items, batches, seconds, grown)
+        if json_out is not None:
+            write_atomically(json_out, json.dumps(found, indent=2).encode())
+        progress.output.print(table_of(found))
+        told = {k: v for k, v in found.items() if isinstance(v, float) or v is None}
+        progress.output.print(json.dumps({k: None if v is None else round(v, 2) for k, v in told.items()}, indent=2))
+    finally:
+        spark.stop()
+
+
+if __name__ == "__main__":
+    app()
