@@ -6,8 +6,9 @@ Both call the same refresh, the same commit and the same merge; neither has logi
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,14 +23,13 @@ from nightstream.cutting import Cut, cut
 from nightstream.events import live
 from nightstream.following import Follower
 from nightstream.known_ids import KnownIds
+from nightstream.known_users import KnownUsers
 from nightstream.ledger import Recorded, arrive, book
 from nightstream.payload import Payload
 from nightstream.refresh import (
     NO_EVENTS,
     NOBODY,
-    OVERFLOW_COLUMNS,
     STATE_COLUMNS,
-    USER_COLUMNS,
     Refresher,
     refresh,
     unfolded,
@@ -37,20 +37,20 @@ from nightstream.refresh import (
 from nightstream.settings import Settings
 from nightstream.storage import Storage
 from nightstream.tables import EVENTS, ITEMS, MODELS, SEEN_OVERFLOW, USER_VECTORS, USERS
-from nightstream.window import FoldRules, newest_rows, states_of
+from nightstream.window import FoldRules
 
 log = logging.getLogger(__name__)
 
 # Up to so many users of a micro-batch are refreshed on the driver, which has the model at hand; more are sent to the
 # executors, which takes some seconds before the first of them is refreshed.
-DRIVER_USERS = 1_000
+DRIVER_USERS = 4_000
 
 
-def refresher(settings: Settings, payload: Payload) -> Refresher:
+def refresher(settings: Settings, payload: Payload, threads: int = 1) -> Refresher:
     """The refresh under this installation's settings."""
     window = settings.window
     rules = FoldRules(window.length, window.seen_limit, tuple(settings.events.window_types))
-    return Refresher(payload, rules, settings.serving.top_k)
+    return Refresher(payload, rules, settings.serving.top_k, threads)
 
 
 def side_tables(storage: Storage) -> tuple[DataFrame, DataFrame | None]:
@@ -99,7 +99,7 @@ class BatchReport:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question for what the tables know of some users (string [B]), and its answer, see _known_of."""
+    """A question for what is known of some users (string [B]), and its answer, see KnownUsers.of."""
 
     users: pa.Array
     answer: Future[tuple[pa.Table, pa.Table, pa.Table | None]]
@@ -126,6 +126,7 @@ class SpeedLayer:
         self.clock, self.on_batch = clock, on_batch
         self.payload = self._load()
         self.follower = Follower(storage, settings.serving.top_k, settings.serving.merge_attempts)
+        self.known_users = KnownUsers(storage)
         self._pool = ThreadPoolExecutor(1, "ask")
         self._known_ids: KnownIds | None = None
         self._some_behind = True
@@ -135,6 +136,7 @@ class SpeedLayer:
     def start(self) -> None:
         """Merge what an earlier process committed and did not merge; before the first micro-batch."""
         serving.merge_tail(self.storage, self.follower.width, self.settings.serving.merge_attempts)
+        self.known_users.start()
         self.payload.load()
         self._known_ids = KnownIds.of(self.storage.read_or_empty(EVENTS))
 
@@ -162,7 +164,9 @@ class SpeedLayer:
             recorded.written()
             recorded.release()
         now = self.clock()
-        self.follower.add(serving.commit(storage, refreshed, self.writer, batch_id, now, fresh=True))
+        commit = serving.commit(storage, refreshed, self.writer, batch_id, now, fresh=True)
+        self.known_users.committed(commit)
+        self.follower.add(commit)
         self.on_batch(
             BatchReport(
                 batch_id,
@@ -180,6 +184,11 @@ class SpeedLayer:
         """Wait until all that is committed is merged. Raises what the MERGEs have met; the next start merges then."""
         self.follower.settle()
 
+    def close(self) -> None:
+        """End what runs in the background, and delete its files."""
+        self.known_users.close()
+        self._pool.shutdown(cancel_futures=True)
+
     def _ask_ahead(self, arriving: Cut) -> Asked | None:
         """Ask for the users of the arriving rows, while it is found out which rows are new."""
         if arriving.table is None:
@@ -190,7 +199,7 @@ class SpeedLayer:
     def _ask(self, users: pa.Array, events: int) -> Asked:
         """events: how many more of them the states may take up."""
         pending, room = self.follower.pending(), self.settings.window.seen_limit - events
-        return Asked(users, self._pool.submit(_known_of, self.storage, users, pending, room))
+        return Asked(users, self._pool.submit(self.known_users.of, users, pending, room))
 
     def _refresh(self, recorded: Recorded, ahead: Asked | None) -> Cut:
         """Refresh the users of the micro-batch, and some of those that are still under an older model."""
@@ -215,7 +224,7 @@ class SpeedLayer:
         states = states.filter(pc.is_in(states["user_id"], value_set=users))
         if events is None:
             events = NO_EVENTS
-        refreshed = refresher(self.settings, self.payload)(states, events, described, older)
+        refreshed = refresher(self.settings, self.payload, os.cpu_count() or 1)(states, events, described, older)
         return serving.settled_table(spark, refreshed)
 
     def _refresh_there(self, recorded: Recorded, behind: DataFrame | None) -> DataFrame:
@@ -268,11 +277,12 @@ class SpeedLayer:
         return catalogue.load_payload(self.storage, row.model_version)
 
     def _look_for_news(self) -> None:
-        """Take up a newly published model and newly described items, every few seconds at most."""
+        """Take up a newly published model and new descriptions, every few seconds at most."""
         if time.monotonic() - self._looked_at < self.settings.stream.snapshot_seconds:
             return
         self._looked_at = time.monotonic()
         storage = self.storage
+        self.known_users.look_again()
         commits = (storage.version(MODELS), storage.version(ITEMS))
         if commits == self._seen_commits:
             return
@@ -289,40 +299,6 @@ class SpeedLayer:
             self.payload = newest
         # What was committed while this ran is looked at next time.
         self._seen_commits = commits
-
-
-def _known_of(
-    storage: Storage, users: pa.Array, pending: list[Cut], room: int
-) -> tuple[pa.Table, pa.Table, pa.Table | None]:
-    """The newest states, the USERS rows, and where a state has overflowed or may do so the SEEN_OVERFLOW rows.
-
-    users: string [B], distinct. pending: commits that USER_VECTORS may lack, from before it is read. room: seen items
-    up to which a state can't overflow.
-    """
-    wanted = F.broadcast(storage.spark.createDataFrame(pa.table({"user_id": users})))
-
-    def of_users(frame: DataFrame, columns: Sequence[str]) -> DataFrame:
-        return frame.select(*columns).join(wanted, "user_id", "left_semi")
-
-    described = storage.read_or_empty(USERS).select(*USER_COLUMNS)
-    both = of_users(storage.read(USER_VECTORS), STATE_COLUMNS).unionByName(
-        of_users(described, USER_COLUMNS), allowMissingColumns=True
-    )
-    # One job for both tables; a state has a revision.
-    found = both.toArrow()
-    is_state = pc.is_valid(found["revision"])
-    parts = [states_of(found.filter(is_state))]
-    for commit in pending:
-        if commit.table is not None:
-            rows = commit.table.filter(pc.is_in(commit.table["user_id"], value_set=users))
-        else:
-            rows = of_users(commit.rows, STATE_COLUMNS).toArrow()
-        parts.append(states_of(rows))
-    states, older = newest_rows(parts), None
-    full = pc.or_(states["seen_overflowed"], pc.greater(pc.list_value_length(states["seen"]), room))
-    if pc.any(full).as_py() and storage.exists(SEEN_OVERFLOW):
-        older = of_users(storage.read(SEEN_OVERFLOW), OVERFLOW_COLUMNS).distinct().toArrow()
-    return states, found.filter(pc.invert(is_state)).select(list(USER_COLUMNS)), older
 
 
 def utc_now() -> datetime:

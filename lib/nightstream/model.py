@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -121,22 +122,23 @@ class Model:
         vectors = np.concatenate(parts) if parts else np.zeros((0, self.width), np.float32)
         return vectors[: len(windows)]
 
-    def recommend(self, windows: Windows, catalogue: Catalogue, k: int) -> Lists:
+    def recommend(self, windows: Windows, catalogue: Catalogue, k: int, threads: int = 1) -> Lists:
         """The k best eligible items of each user, min(k, eligible) for everyone, also with an empty window.
 
         Eligible are available items that are not in a user's seen. A pure function of its arguments: no clock, no
-        randomness, and a user's list is the same in any batch, because all blocks have one shape.
+        randomness, and a user's list is the same in any batch, because all blocks have one shape. threads: blocks that
+        are computed at a time.
         """
         table = self.table(catalogue)
-        windows = self._fit_windows(windows)
-        parts = []
-        for block, count in _blocks(windows):
-            vectors = self._encode_block(block, table)
-            ranker = self.ranker if self.ranker_enabled else None
-            lists = recommend_block(block, vectors, table, self.sources, ranker, k)
-            parts.append(
-                [a[:count] for a in (lists.rows, lists.scores, lists.strategies, lists.because, lists.vectors)]
-            )
+        ranker = self.ranker if self.ranker_enabled else None
+
+        def arrays(part: tuple[Windows, int]) -> list[np.ndarray]:
+            block, count = part
+            lists = recommend_block(block, self._encode_block(block, table), table, self.sources, ranker, k)
+            return [a[:count] for a in (lists.rows, lists.scores, lists.strategies, lists.because, lists.vectors)]
+
+        with ThreadPoolExecutor(threads) as pool:
+            parts = list(pool.map(arrays, _blocks(self._fit_windows(windows))))
         if not parts:
             return empty_lists(0, k, self.width)
         rows, scores, strategies, because, users = (np.concatenate(column) for column in zip(*parts, strict=True))

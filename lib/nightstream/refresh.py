@@ -35,12 +35,13 @@ NO_EVENTS = to_arrow_schema(EVENTS.schema, timezone="UTC").empty_table()
 class Refresher:
     """The refresh under one model and one set of rules.
 
-    rules: of the fold. top_k: length of a list.
+    rules: of the fold. top_k: length of a list. threads: cores that it may use; 1 where Spark shares them out.
     """
 
     payload: Payload
     rules: FoldRules
     top_k: int
+    threads: int = 1
 
     def __call__(self, states: pa.Table, events: pa.Table, users: pa.Table, overflow: pa.Table | None) -> pa.Table:
         """States and live events -> one refreshed row per user of either side, in the shape of REFRESHED, by user_id.
@@ -58,7 +59,7 @@ class Refresher:
         for name in ("categories", "numbers"):
             folded = folded.append_column(name, _attribute(folded["user_id"], users, name))
         folded = folded.append_column("older_seen", _older(folded, overflow))
-        return _scored(folded, self.payload, self.top_k)
+        return _scored(folded, self.payload, self.top_k, self.threads)
 
 
 def refresh(
@@ -112,9 +113,9 @@ def _older(folded: pa.Table, overflow: pa.Table | None) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), combined(rows["item_id"]))
 
 
-def _scored(table: pa.Table, payload: Payload, top_k: int) -> pa.Table:
+def _scored(table: pa.Table, payload: Payload, top_k: int, threads: int) -> pa.Table:
     loaded = payload.load()
-    lists = loaded.model.recommend(windows_of(table, loaded), loaded.catalogue, top_k)
+    lists = loaded.model.recommend(windows_of(table, loaded), loaded.catalogue, top_k, threads)
     count = table.num_rows
     sizes = np.asarray(pc.list_value_length(combined(table["window"])), np.int64)
     times = combined(table["window"]).flatten().field("event_time")

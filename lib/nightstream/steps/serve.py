@@ -7,6 +7,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 from pyspark.sql import DataFrame, SparkSession
@@ -77,7 +78,7 @@ def run(
         writer = writer.trigger(availableNow=True)
     elif settings.stream.trigger_seconds > 0:
         writer = writer.trigger(processingTime=f"{settings.stream.trigger_seconds} seconds")
-    with lease:
+    with lease, closing(layer):
         layer.start()
         query = writer.queryName("nightstream").start()
         on_start()

@@ -1,0 +1,100 @@
+"""Rows of a table by user, in a local file of the one process that writes the table.
+
+A micro-batch asks for a few hundred users, anywhere in the table: Spark would read all of it for them.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+from pyspark.sql import DataFrame
+
+KEY = "user_id"
+_ENCODED = "key string, revision long, row binary"
+_AT_ONCE = 2_000
+_PUT = (
+    "INSERT INTO rows VALUES (?, ?, ?) ON CONFLICT (key) DO UPDATE SET row = excluded.row, "
+    "revision = excluded.revision WHERE excluded.revision >= rows.revision"
+)
+
+
+class KnownRows:
+    """One row per user; of two, the one of the higher revision stays, so that rows may come in any order.
+
+    file: where they go; it must not exist yet. schema: of the rows, user_id among them; without a column `revision`,
+    what comes later stays. is_complete: whether a user without a row here has none in the table either. Safe to be
+    used by several threads.
+    """
+
+    def __init__(self, file: Path, schema: pa.Schema) -> None:
+        self.schema, self.is_complete = schema, False
+        self._lock = threading.Lock()
+        self._rows = sqlite3.connect(file, check_same_thread=False, isolation_level=None)
+        # The file ends with the process: nothing of it need survive a crash.
+        for pragma in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -65536"):
+            self._rows.execute(f"PRAGMA {pragma}")
+        self._rows.execute("CREATE TABLE rows (key TEXT PRIMARY KEY, revision INTEGER, row BLOB) WITHOUT ROWID")
+
+    def get(self, users: Sequence[str]) -> pa.Table:
+        """The rows of those of the users that have one here, in no particular order."""
+        found: list[bytes] = []
+        with self._lock:
+            for start in range(0, len(users), _AT_ONCE):
+                part = users[start : start + _AT_ONCE]
+                places = ",".join("?" * len(part))
+                found += [r for (r,) in self._rows.execute(f"SELECT row FROM rows WHERE key IN ({places})", part)]
+        batches = [pa.ipc.read_record_batch(pa.py_buffer(row), self.schema) for row in found]
+        return pa.Table.from_batches(batches, self.schema).combine_chunks()
+
+    def put(self, rows: pa.Table) -> None:
+        """rows: with the columns of the schema, one per user."""
+        for batch in rows.select(self.schema.names).cast(self.schema).to_batches():
+            self._write(_encoded(batch))
+
+    def put_all(self, rows: DataFrame, stop: Callable[[], bool] = lambda: False) -> None:
+        """Rows of any number, through the driver a part at a time. stop: asked after each part."""
+        schema = self.schema
+
+        def encode(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+            for batch in batches:
+                keys, revisions, encoded = zip(*_encoded(_cast(batch, schema)), strict=True) if batch else ((),) * 3
+                yield pa.record_batch(
+                    [pa.array(keys, pa.string()), pa.array(revisions, pa.int64()), pa.array(encoded, pa.binary())],
+                    ["key", "revision", "row"],
+                )
+
+        part: list[tuple[str, int, bytes]] = []
+        for row in rows.select(*schema.names).mapInArrow(encode, _ENCODED).toLocalIterator():
+            part.append((row.key, row.revision, bytes(row.row)))
+            if len(part) >= _AT_ONCE:
+                self._write(part)
+                part = []
+                if stop():
+                    return
+        self._write(part)
+
+    def close(self) -> None:
+        with self._lock:
+            self._rows.close()
+
+    def _write(self, rows: Sequence[tuple[str, int, bytes]]) -> None:
+        with self._lock:
+            self._rows.execute("BEGIN")
+            self._rows.executemany(_PUT, rows)
+            self._rows.execute("COMMIT")
+
+
+def _cast(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    return pa.Table.from_batches([batch]).select(schema.names).cast(schema).combine_chunks().to_batches()[0]
+
+
+def _encoded(batch: pa.RecordBatch) -> list[tuple[str, int, bytes]]:
+    """(user, revision, the row as an Arrow IPC message without its schema)."""
+    keys = batch[KEY].to_pylist()
+    revisions = batch["revision"].to_pylist() if "revision" in batch.schema.names else [0] * len(keys)
+    rows = (batch.slice(place, 1).serialize().to_pybytes() for place in range(len(keys)))
+    return list(zip(keys, revisions, rows, strict=True))
