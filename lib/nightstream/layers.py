@@ -132,7 +132,12 @@ class SpeedLayer:
         self._looked_at = time.monotonic()
 
     def start(self) -> None:
-        """Merge what an earlier process committed and did not merge; before the first micro-batch."""
+        """Merge what an earlier process committed and did not merge; before the first micro-batch.
+
+        Another model may have been published, and applied, while the lease was waited for.
+        """
+        if registry.published(self.storage).model_version != self.payload.model_version:
+            self.payload = self._load()
         serving.merge_tail(self.storage, self.follower.width, self.settings.serving.merge_attempts)
         self.payload.load()
         self._known_ids = KnownIds.of(self.storage.read_or_empty(EVENTS))
