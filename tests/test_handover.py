@@ -90,7 +90,7 @@ def hurried(settings: Settings) -> Settings:
     """The hand-over in several slices, soon after the publishing commit; a night of one short epoch."""
     document = settings.model_dump(mode="json")
     document["stream"] |= {"max_per_trigger": 1, "snapshot_seconds": 0.5, "handover_slice": 6}
-    document["serving"]["lease_seconds"] = 20
+    document["serving"]["lease_seconds"] = 30
     document["training"]["epochs"] = 1
     document["gate"]["margin"] = None
     return validate(document)
@@ -109,12 +109,13 @@ def test_a_model_is_handed_over_and_taken_back_under_the_eyes_of_a_reader(spark,
     storage, settings = night("watched")
     settings = hurried(settings)
     first = registry.published(storage).model_version
-    stop, outcome, dropped = threading.Event(), [], []
+    stop, started, outcome, dropped = threading.Event(), threading.Event(), [], []
     batches = threading.Semaphore(3)
 
     def stream() -> None:
+        running = {"stop": stop.is_set, "on_start": started.set, "on_batch": lambda report: batches.release()}
         try:
-            outcome.append(serve.run(spark, settings, stop=stop.is_set, on_batch=lambda report: batches.release()))
+            outcome.append(serve.run(spark, settings, **running))
         except Exception as error:
             outcome.append(error)
 
@@ -138,8 +139,9 @@ def test_a_model_is_handed_over_and_taken_back_under_the_eyes_of_a_reader(spark,
     for thread in threads:
         thread.start()
     try:
+        assert started.wait(LONGEST_WAIT)
         told = nightly.run(spark, settings, datetime(2024, 1, 2, tzinfo=UTC))
-        assert "stream" in told["apply"]["left_to"]
+        assert "stream" in told["apply"].get("left_to", ""), (told["apply"], outcome)
         second = told["train"]["model_version"]
         until_all_are_under(second)
         handed_over = reader.mixed

@@ -14,7 +14,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from nightstream import cli, layers, ledger, serving
@@ -23,7 +24,10 @@ from nightstream.storage import Storage
 VARIABLE = "NIGHTSTREAM_FAULT"
 # Written side by side: these wait for one another, so that the write before which the process dies is the last one,
 # and the write after which it dies the first.
-TOGETHER = ({"raw_events", "events", "quarantine", "duplicates"}, {"user_vectors", "recommendations"})
+TOGETHER = {
+    "append": {"raw_events", "events", "quarantine", "duplicates"},
+    "merge": {"user_vectors", "recommendations"},
+}
 PATIENCE = 6.0  # seconds; where a batch does not have the chosen write, the others go on after it
 
 
@@ -39,7 +43,8 @@ class Fault:
     def __init__(self, text: str) -> None:
         self.when, self.operation, self.table, *number = text.split()
         self.left = int(number[0]) if number else 1
-        self.beside = next((group for group in TOGETHER if self.table in group and self.operation != "batch"), set())
+        together = TOGETHER.get(self.operation, set())
+        self.beside = together - {self.table} if self.table in together else set()
         self._running = 0
         self._changed = threading.Condition()
 
@@ -50,24 +55,30 @@ class Fault:
         def write(*arguments: Any, **options: Any) -> Any:
             table = table_of(*arguments)
             chosen = (operation, table) == (self.operation, self.table)
+            beside = operation == self.operation and table in self.beside
             if chosen and self.when == "before" and self._is_due():
                 self._let_others_end()
                 die()
-            if self.beside and not chosen and table in self.beside and self.when == "after":
+            if beside and self.when == "after":
                 time.sleep(PATIENCE)
-            with self._changed:
-                self._running += 1
-            try:
+            with self._counted() if beside else nullcontext():
                 result = real(*arguments, **options)
-            finally:
-                with self._changed:
-                    self._running -= 1
-                    self._changed.notify_all()
             if chosen and self.when == "after" and self._is_due():
                 die()
             return result
 
         return write
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        with self._changed:
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
 
     def _is_due(self) -> bool:
         self.left -= 1

@@ -47,7 +47,6 @@ def prepared(settings: Settings, folder: Path, **told: object) -> tuple[Settings
     document = settings.model_dump(mode="json")
     document["stream"] |= {"max_per_trigger": 2, "snapshot_seconds": 1.0}
     document["window"]["seen_limit"] = 8
-    document["serving"]["lease_seconds"] = 10
     document["spark"]["driver_memory"] = "1g"
     document["gate"]["margin"] = None
     document["training"] |= {"epochs": 1, "encoders": ["gru"]}
@@ -147,7 +146,8 @@ def test_killed_at_every_write_and_at_thirty_moments_it_ends_in_the_undisturbed_
 @pytest.mark.faults
 def test_night_and_stream_killed_beside_each_other_lose_nothing(night, tmp_path):
     storage, settings = night("both")
-    settings, file = prepared(settings, tmp_path)
+    # So long a killed night holds up the stream; and a stream that is away for longer lets the night write.
+    settings, file = prepared(settings, tmp_path, serving__lease_seconds=30)
     checkpoint, arrivals = settings.stream.checkpoint, Arrivals(Path(settings.stream.path), 5)
     stop, failures = threading.Event(), []
     of_stream, of_night = random.Random(5), random.Random(6)
