@@ -1,20 +1,13 @@
-"""The streaming query itself: a real checkpoint, restarts, a deleted checkpoint, one writer at a time, SIGKILL."""
+"""The streaming query itself: a real checkpoint, restarts, a deleted checkpoint, one writer at a time."""
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
 import world
-import yaml
 from nightstream import lease
 from nightstream.errors import TableError, WriterBusyError
 from nightstream.ledger import check
@@ -37,13 +30,6 @@ def arriving(number: int, seed: int = 7) -> list[dict]:
     ]
 
 
-def drop(settings, name: str, rows: list) -> None:
-    """A file for the stream, appearing whole."""
-    folder = Path(settings.stream.path)
-    hidden = world.write_lines(folder / f".{name}.jsonl", rows)
-    os.replace(hidden, folder / f"{name}.jsonl")
-
-
 def windows(storage):
     rows = storage.read(USER_VECTORS).collect()
     return {r.user_id: ([e.event_id for e in r.window], [round(x, 4) for x in r.vector]) for r in rows}
@@ -53,12 +39,12 @@ def test_a_restart_goes_on_and_a_deleted_checkpoint_changes_nothing(spark, night
     storage, settings = night("serve")
     before = check(storage)["events"]
     rows = arriving(40)
-    drop(settings, "a", rows[:20])
+    world.drop(settings.stream.path, "a", rows[:20])
     reports = []
     told = serve.run(spark, settings, until_idle=True, on_batch=reports.append)
     assert (told["events"], told["batches"]) == (20, 1)
     assert reports[0].delay_seconds > 0
-    drop(settings, "b", [*rows[20:], "garbage"])
+    world.drop(settings.stream.path, "b", [*rows[20:], "garbage"])
     assert serve.run(spark, settings, until_idle=True)["events"] == 20
     counts = check(storage)
     assert counts == {"raw_events": before + 41, "events": before + 40, "quarantine": 1, "duplicates": 0}
@@ -97,46 +83,10 @@ def test_without_a_model_it_says_what_to_run(spark, settings):
         serve.run(spark, settings, until_idle=True)
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments_it_ends_as_if_undisturbed(spark, night, tmp_path):
-    """The real process, killed with SIGKILL while files arrive, and started again, until all has arrived."""
-    storage, settings = night("killed")
-    document = settings.model_dump(mode="json")
-    document["stream"]["max_per_trigger"] = 1
-    file = tmp_path / "base.yaml"
-    file.write_text(yaml.safe_dump(document), encoding="utf-8")
-    rows = arriving(60)
-    for number in range(0, 60, 10):
-        drop(settings, f"f{number:02}", rows[number : number + 10])
-    command = [str(Path(sys.executable).with_name("nightstream")), "serve", "--settings", str(file)]
-    log = (tmp_path / "serve.log").open("w")
-    rng = random.Random(11)
-    for _ in range(3):
-        before = storage.read(REFRESHES).count()
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 120
-        while storage.read(REFRESHES).count() == before and time.monotonic() < deadline:
-            time.sleep(0.2)
-        time.sleep(rng.uniform(0.0, 3.0))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    serve.run(spark, validate(document), until_idle=True)
-    check(storage)
-    undisturbed, own = night("undisturbed")
-    drop(own, "all", rows)
-    serve.run(spark, own, until_idle=True)
-    assert windows(storage) == windows(undisturbed)
-    lists = [
-        [(r.user_id, r.rank, r.item_id) for r in s.read(RECOMMENDATIONS).orderBy("user_id", "rank").collect()]
-        for s in (storage, undisturbed)
-    ]
-    assert lists[0] == lists[1]
-
-
 def test_the_clock_of_a_commit_is_the_wall_clock(spark, night):
     storage, settings = night("clock")
     begun = datetime.now(UTC)
-    drop(settings, "a", arriving(3))
+    world.drop(settings.stream.path, "a", arriving(3))
     serve.run(spark, settings, until_idle=True)
     mine = storage.read(REFRESHES).where("writer LIKE 'stream%'").collect()
     assert mine

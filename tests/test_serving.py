@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from nightstream import serving
@@ -74,9 +77,10 @@ def test_the_newest_of_several_commits_wherever_their_rows_are(storage, spark, o
 
 
 def test_a_commit_happens_once_per_writer_and_batch(storage, spark):
-    rows = refreshed(spark, ("u", 1, ["a"], ["x", "y"]))
     assert not serving.is_committed(storage, "test", 0)
-    for _ in range(2):
+    # The batch that comes again after a crash may take other users over to a new model, and theirs overflow then.
+    for overflowing in (["x"], ["x", "y"]):
+        rows = refreshed(spark, ("u", 1, ["a"], overflowing))
         serving.commit(storage, rows, "test", 0, AT)
     serving.commit(storage, rows, "another", 0, AT)
     assert serving.is_committed(storage, "test", 0)
@@ -103,3 +107,55 @@ def test_the_tail_is_merged_after_a_crash_between_the_merges(storage, spark, mon
     assert {(r.user_id, r.revision) for r in storage.read(USER_VECTORS).collect()} == {("u", 2), ("v", 1), ("w", 1)}
     serving.merge_tail(storage, WIDTH, 1)
     assert lists(storage) == expected
+
+
+def held_back(rows, folder):
+    """The rows, but the first task that computes them says that it has begun and waits until it may go on."""
+    begun, go = str(folder / "begun"), str(folder / "go")
+
+    def wait(batches):
+        for batch in batches:
+            Path(begun).touch()
+            for _ in range(1200):
+                if Path(go).exists():
+                    break
+                time.sleep(0.1)
+            yield batch
+
+    return rows.mapInArrow(wait, rows.schema)
+
+
+@pytest.mark.parametrize("attempts", [1, 3])
+@pytest.mark.parametrize("table", ["user_vectors", "recommendations"])
+def test_a_merge_that_meets_another_writer_is_tried_again_and_loses_nothing(
+    storage, spark, tmp_path, caplog, monkeypatch, table, attempts
+):
+    commit_and_merge(storage, refreshed(spark, ("u", 1, ["a"]), ("v", 1, ["b"])), 0)
+    committed = serving.commit(storage, refreshed(spark, ("u", 2, ["c"]), ("v", 2, ["d", "e"])), "test", 1, AT)
+    newer = serving.commit(storage, refreshed(spark, ("u", 3, ["x", "y"])), "test", 2, AT)
+    name = {"user_vectors": "_merge_states", "recommendations": "_merge_lists"}[table]
+    merge = getattr(serving, name)
+
+    def late(storage, rows, *width):
+        merge(storage, held_back(rows, tmp_path), *width)
+
+    with monkeypatch.context() as patched, ThreadPoolExecutor(1) as pool:
+        patched.setattr(serving, name, late)
+        merging = pool.submit(serving.merge, storage, committed.rows, WIDTH, attempts)
+        while not (tmp_path / "begun").exists() and not merging.done():
+            time.sleep(0.05)
+        patched.undo()
+        try:
+            serving.merge(storage, newer.rows, WIDTH, 5)
+        finally:
+            (tmp_path / "go").touch()
+        if attempts == 1:
+            with pytest.raises(Exception, match="oncurrent"):
+                merging.result()
+            # It is still committed, so the next start merges it.
+            serving.merge_tail(storage, WIDTH, 1)
+        else:
+            merging.result()
+            assert (table, 1) in {(r.what, r.attempt) for r in caplog.records if "trying again" in r.message}
+    assert lists(storage) == [("u", 1, "x", 3), ("u", 2, "y", 3), ("v", 1, "d", 2), ("v", 2, "e", 2)]
+    assert {(r.user_id, r.revision) for r in storage.read(USER_VECTORS).collect()} == {("u", 3), ("v", 2)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,12 @@ def write_lines(path: Path, rows: list[Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows) + "\n", encoding="utf-8")
     return path
+
+
+def drop(folder: str | Path, name: str, rows: list[Any]) -> None:
+    """A file for a stream, appearing whole."""
+    hidden = write_lines(Path(folder) / f".{name}.jsonl", rows)
+    os.replace(hidden, Path(folder) / f"{name}.jsonl")
 
 
 def sources(folder: Path) -> dict[str, Any]:

@@ -53,11 +53,6 @@ def refresher(settings: Settings, payload: Payload, threads: int = 1) -> Refresh
     return Refresher(payload, rules, settings.serving.top_k, threads)
 
 
-def side_tables(storage: Storage) -> tuple[DataFrame, DataFrame | None]:
-    """USERS, and SEEN_OVERFLOW where there is one."""
-    return storage.read_or_empty(USERS), storage.read(SEEN_OVERFLOW) if storage.exists(SEEN_OVERFLOW) else None
-
-
 def everyone(storage: Storage, settings: Settings) -> DataFrame:
     """Unfolded states of all known users: those with a state, those only described, and the default user."""
     present = storage.read_or_empty(USER_VECTORS).select("user_id", "revision")
@@ -75,8 +70,12 @@ def apply_all(storage: Storage, settings: Settings, payload: Payload, writer: st
     """Refresh every known user over the whole history under one model and merge; returns the number of users."""
     events = live(storage.read(EVENTS), settings.events.retraction_type)
     states = everyone(storage, settings)
-    refreshed = serving.settled(refresh(states, events, *side_tables(storage), refresher(settings, payload)), limit=0)
-    commit = serving.commit(storage, refreshed, writer, batch_id, now)
+    users = storage.read_or_empty(USERS)
+    # No SEEN_OVERFLOW: the history has all that overflows, and only what has not been taken back.
+    refreshed = serving.settled(refresh(states, events, users, None, refresher(settings, payload)), limit=0)
+    # Never a repetition: run again, it refreshes from newer states, and what is merged must stand in `refreshes`.
+    everybody = refreshed.rows.select("user_id")
+    commit = serving.commit(storage, refreshed, writer, batch_id, now, fresh=True, refolded=everybody)
     width = serving.list_width(storage, settings.serving.top_k)
     serving.merge(storage, commit.rows, width, settings.serving.merge_attempts)
     return refreshed.totals["users"] or 0
@@ -134,7 +133,12 @@ class SpeedLayer:
         self._looked_at = time.monotonic()
 
     def start(self) -> None:
-        """Merge what an earlier process committed and did not merge; before the first micro-batch."""
+        """Merge what an earlier process committed and did not merge; before the first micro-batch.
+
+        Another model may have been published, and applied, while the lease was waited for.
+        """
+        if registry.published(self.storage).model_version != self.payload.model_version:
+            self.payload = self._load()
         serving.merge_tail(self.storage, self.follower.width, self.settings.serving.merge_attempts)
         self.known_users.start()
         self.payload.load()
@@ -159,14 +163,15 @@ class SpeedLayer:
             if first and serving.is_committed(storage, self.writer, batch_id):
                 return
             refreshed = self._refresh(recorded, ahead)
+            recorded.written()
+            now, refolded = self.clock(), recorded.refold_users
+            committed = serving.commit(storage, refreshed, self.writer, batch_id, now, fresh=True, refolded=refolded)
         finally:
             # Whatever happens, no write may run on: this batch may come again.
             recorded.written()
             recorded.release()
-        now = self.clock()
-        commit = serving.commit(storage, refreshed, self.writer, batch_id, now, fresh=True)
-        self.known_users.committed(commit)
-        self.follower.add(commit)
+        self.known_users.committed(committed)
+        self.follower.add(committed)
         self.on_batch(
             BatchReport(
                 batch_id,
@@ -250,10 +255,11 @@ class SpeedLayer:
         if refold is not None:
             kept = known.join(refold, "user_id", "left_anti")
             known = kept.unionByName(unfolded(known.join(refold, "user_id", "left_semi")))
-        users, overflow = side_tables(storage)
-        users = users.join(touched, "user_id", "left_semi")
-        if overflow is not None:
-            overflow = overflow.join(touched, "user_id", "left_semi")
+        users, overflow = storage.read_or_empty(USERS).join(touched, "user_id", "left_semi"), None
+        if storage.exists(SEEN_OVERFLOW):
+            # Of those that are folded again it may hold events that have been taken back.
+            folded_on = touched if refold is None else touched.join(refold, "user_id", "left_anti")
+            overflow = storage.read(SEEN_OVERFLOW).join(folded_on, "user_id", "left_semi")
         return refresh(known, events, users, overflow, refresher(self.settings, self.payload))
 
     def _behind(self) -> Cut | None:

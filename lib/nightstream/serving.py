@@ -47,21 +47,19 @@ def commit(
     batch_id: int,
     refreshed_at: datetime,
     fresh: bool = False,
+    refolded: DataFrame | None = None,
 ) -> Cut:
     """Append one row per refreshed user to `refreshes`, once per (writer, batch_id). Returns the rows as committed.
 
     fresh: the caller knows by `is_committed`, or has just begun it, that this batch is not committed yet; else Delta
     looks for it in the table's log.
+    refolded: user_id of those whose states were folded from their whole history; what the side table had of them from
+    before is no longer true where an event has been taken back.
 
     refreshed: rows of the refresh, cut off by `settled`. Overflowing seen entries go to their side table first: were
     the order the other way round, a crash between the two would lose them.
     """
-    if refreshed.totals["overflowing"]:
-        surplus = refreshed.rows.where(F.size("overflow") > 0)
-        entries = surplus.select("user_id", F.explode("overflow").alias("o"))
-        storage.append(
-            SEEN_OVERFLOW, entries.select("user_id", "o.item_id", "o.event_time"), (f"{writer}-seen", batch_id)
-        )
+    _keep_overflow(storage, refreshed, refolded)
     told = {"refreshed_at": refreshed_at, "writer": writer, "batch_id": batch_id}
     if refreshed.table is not None:
         count = refreshed.table.num_rows
@@ -74,6 +72,23 @@ def commit(
         committed = Cut(refreshed.rows.withColumns(literals).select(*REFRESHES.schema.names), {})
     storage.append(REFRESHES, committed.rows, None if fresh else (writer, batch_id))
     return committed
+
+
+def _keep_overflow(storage: Storage, refreshed: Cut, refolded: DataFrame | None) -> None:
+    """Repeated rows do no harm, so a batch that comes again appends them again: its users may be others."""
+    surplus = refreshed.rows.where(F.size("overflow") > 0).select("user_id", F.explode("overflow").alias("o"))
+    entries = surplus.select("user_id", "o.item_id", "o.event_time")
+    if refreshed.totals["overflowing"]:
+        storage.append(SEEN_OVERFLOW, entries)
+    if refolded is None or not storage.exists(SEEN_OVERFLOW):
+        return
+    key = ["user_id", "item_id"]
+    before = storage.read(SEEN_OVERFLOW).select(*key).join(refolded.distinct(), "user_id", "left_semi").distinct()
+    stale = before.join(entries.select(*key), key, "left_anti")
+    if stale.isEmpty():
+        return
+    same = "t.user_id = s.user_id AND t.item_id = s.item_id"
+    storage.table(SEEN_OVERFLOW).alias("t").merge(stale.alias("s"), same).whenMatchedDelete().execute()
 
 
 def is_committed(storage: Storage, writer: str, batch_id: int) -> bool:

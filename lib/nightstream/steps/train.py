@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import datetime
 from typing import Any
 
@@ -13,20 +14,27 @@ from nightstream.events import live
 from nightstream.payload import Payload
 from nightstream.settings import Settings
 from nightstream.storage import Storage
-from nightstream.tables import EVENTS, ITEM_EMBEDDINGS, ITEMS, METRICS, USERS
+from nightstream.tables import EVENTS, ITEM_EMBEDDINGS, ITEMS, METRICS, MODELS, USERS
+
+log = logging.getLogger(__name__)
 
 
 def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, Any]:
     """Train version `as_of`; nothing that serves changes until that version is published.
 
-    Raises TableError where there are no events. Killed and run again with the same as_of, it resumes.
+    Raises TableError where there are no events. Killed and run again with the same as_of, it resumes. A version that is
+    complete is not trained again: it may serve, and what serves must not change under its name.
     """
     storage = Storage(spark, settings.storage)
+    version = registry.version_name(as_of, settings.training.seed)
+    complete = registry.newest(storage, version=version) if storage.exists(MODELS) else None
+    if complete is not None:
+        log.warning("model %s is trained already; to train anew, name another time or seed", version)
+        return {"model_version": version, "metrics": complete.metrics}
     events = live(storage.read(EVENTS), settings.events.retraction_type)
     consumed = events.where(events.event_type.isin(*settings.events.window_types))
     if consumed.isEmpty():
         raise TableError("the table events has no event that enters a window; ingest some or check events.window_types")
-    version = registry.version_name(as_of, settings.training.seed)
     roles = splits.by_time(consumed, settings.training.validation_fraction, settings.training.ranking_fraction)
     items = catalogue.known_items(storage.read_or_empty(ITEMS), events)
     fitted = fitting.fit(settings, roles, items, storage.read_or_empty(USERS), "training")
@@ -34,9 +42,9 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, A
     registry.save_artifacts(storage, version, fitted.files | kept)
     payload = Payload(version, "", fitted.files, catalogue.NO_ITEMS)
     storage.overwrite(ITEM_EMBEDDINGS, catalogue.embed(items, payload), where=f"model_version = '{version}'")
+    rows: list[tuple] = [(name, float(value), version, {}, as_of) for name, value in fitted.metrics.items()]
+    storage.append(METRICS, spark.createDataFrame(rows, METRICS.schema))
     registry.record(
         storage, version, registry.TRAINED, as_of, settings.model_dump(mode="json"), fitted.metrics, fitted.history
     )
-    rows: list[tuple] = [(name, float(value), version, {}, as_of) for name, value in fitted.metrics.items()]
-    storage.append(METRICS, spark.createDataFrame(rows, METRICS.schema))
     return {"model_version": version, "metrics": fitted.metrics}
