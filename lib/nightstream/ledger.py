@@ -24,7 +24,7 @@ from nightstream.cutting import LOCAL_ROWS, Cut, cut
 from nightstream.errors import TableError
 from nightstream.known_ids import HASHES, KnownIds, with_hashes
 from nightstream.settings import Settings
-from nightstream.storage import Storage, with_retries
+from nightstream.storage import Storage
 from nightstream.tables import DUPLICATES, EVENTS, QUARANTINE, RAW_EVENTS, TableSpec
 
 log = logging.getLogger(__name__)
@@ -312,7 +312,7 @@ class _Booking:
             merge = self.storage.table(EVENTS).alias("old").merge(rows.alias("new"), "old.event_id = new.event_id")
             merge.whenMatchedUpdateAll(condition=newer).execute()
 
-        with_retries(run, self.settings.serving.merge_attempts, "events")
+        self.storage.with_retries(run, self.settings.serving.merge_attempts, "events")
 
     def _refold_users(
         self, resolved: DataFrame, current: DataFrame, found: dict[str, int], writes: list[Future[None]]
