@@ -7,13 +7,13 @@ from typing import Any
 
 from pyspark.sql import SparkSession
 
-from nightstream import catalogue, fitting, gate, registry, splits
+from nightstream import catalogue, fitting, gate, measurements, registry, splits
 from nightstream.errors import TableError
 from nightstream.events import live
 from nightstream.payload import Payload
 from nightstream.settings import Settings
 from nightstream.storage import Storage
-from nightstream.tables import EVENTS, ITEM_EMBEDDINGS, ITEMS, METRICS, USERS
+from nightstream.tables import EVENTS, ITEM_EMBEDDINGS, ITEMS, USERS
 
 
 def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, Any]:
@@ -37,6 +37,5 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, A
     registry.record(
         storage, version, registry.TRAINED, as_of, settings.model_dump(mode="json"), fitted.metrics, fitted.history
     )
-    rows: list[tuple] = [(name, float(value), version, {}, as_of) for name, value in fitted.metrics.items()]
-    storage.append(METRICS, spark.createDataFrame(rows, METRICS.schema))
+    measurements.write(storage, fitted.metrics, version, as_of, {})
     return {"model_version": version, "metrics": fitted.metrics}
