@@ -52,7 +52,7 @@ def test_files_that_are_newer_than_what_was_read(settings, tmp_path):
 
 
 def test_versions_of_a_delta_table_behind_its_newest(spark, storage, settings):
-    for _ in range(3):
+    for _ in range(2):
         storage.append(USERS, spark.createDataFrame([("u", {}, {})], USERS.schema))
     newest = DeltaTable.forPath(spark, storage.location(USERS)).history(1).first().version
     stream = settings.stream.model_copy(update={"format": "delta", "path": storage.location(USERS)})

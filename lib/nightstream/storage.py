@@ -43,6 +43,15 @@ class Storage:
         """Path of the table, or catalog.schema.name."""
         return f"{self._root}.{spec.name}" if self._by_name else f"{self._root}/{spec.name}"
 
+    def sql_name(self, spec: TableSpec) -> str:
+        """What the table is called in SQL."""
+        location = self.location(spec)
+        return location if self._by_name else "delta.`" + location.replace("`", "``") + "`"
+
+    def create_view(self, name: str, query: str) -> None:
+        """Create or replace a view beside the tables; for storage.kind catalog only."""
+        self.spark.sql(f"CREATE OR REPLACE VIEW {self._root}.{name} AS {query}")
+
     @property
     def _by_name(self) -> bool:
         return self.settings.kind == "catalog"

@@ -12,6 +12,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from nightstream import sources
 from nightstream.errors import NightstreamError, TableError, WriterBusyError
+from nightstream.freshness import make_view
 from nightstream.layers import BatchReport, SpeedLayer, utc_now
 from nightstream.lease import Lease
 from nightstream.ledger import parsed
@@ -77,6 +78,7 @@ def run(
         writer = writer.trigger(processingTime=f"{settings.stream.trigger_seconds} seconds")
     with lease, monitor:
         layer.start()
+        make_view(storage, settings)
         query = writer.queryName(QUERY).start()
         on_start()
         try:
