@@ -19,6 +19,7 @@ from pyspark.sql import functions as F
 
 from nightstream import ledger, registry, session
 from nightstream import settings as configuration
+from nightstream.freshness import freshness, summary
 from nightstream.storage import Storage
 from nightstream.tables import (
     EVENTS,
@@ -74,6 +75,17 @@ show(storage.read(QUARANTINE).groupBy("reason", "field").count().orderBy(F.desc(
 model = registry.published(storage)
 print(model.model_version, model.status, model.at)
 for name, value in sorted(model.metrics.items()):
+    print(f"  {name} = {value:.4g}")
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## How fresh the lists are
+# MAGIC Against the newest event of each user that counts; a list that has taken up everything has age 0.
+
+# COMMAND ----------
+
+for name, value in summary(freshness(storage, settings)).items():
     print(f"  {name} = {value:.4g}")
 
 # COMMAND ----------

@@ -19,7 +19,7 @@ from pyspark.errors import AnalysisException
 
 ROOT = Path(__file__).parent.parent
 BASE = str(ROOT / "conf" / "base.yaml")
-COMMANDS = ("ingest", "train", "publish", "apply", "nightly", "evaluate", "serve", "demo")
+COMMANDS = ("ingest", "train", "publish", "apply", "nightly", "evaluate", "serve", "freshness", "demo")
 
 
 class Spark:
@@ -100,6 +100,7 @@ def test_help_imports_neither_spark_nor_torch():
         (["train", "--settings", BASE, "--frob"], "--frob"),
         (["train", "--settings", BASE, "--as-of", "tomorrow"], "tomorrow"),
         (["serve", "--settings", BASE, "--max-batches", "0"], "--max-batches"),
+        (["freshness", "--settings", BASE, "--worst", "1001"], "--worst"),
         (["ingest", "--settings", BASE, "--set", "serving.top_k=0"], "serving.top_k"),
         (["ingest", "--settings", BASE, "--set", "serving.topk=5"], "serving.topk"),
         (["evaluate", "--settings", BASE, "--protocol", "best"], "--protocol"),
@@ -129,6 +130,12 @@ def test_evaluate_hands_on_its_options(step, tmp_path):
     arguments = ["evaluate", "--settings", BASE, "--protocol", "prequential", "--predictions", out, "--delays", "0,60"]
     assert call(*arguments) == 0
     assert seen.options == {"protocol": "prequential", "predictions": out, "delays": [0.0, 60.0], "json_out": None}
+
+
+def test_freshness_hands_on_its_options(step):
+    seen = step("freshness", {})
+    assert call("freshness", "--settings", BASE, "--user", "u1", "--worst", "3") == 0
+    assert seen.options == {"user": "u1", "worst": 3}
 
 
 def test_serve_hands_on_its_options_and_a_way_to_stop(step, monkeypatch):

@@ -20,6 +20,9 @@ def test_it_walks_through_the_tables(night, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "'raw_events': 480, 'events': 480" in printed
     assert "24 item embeddings" in printed
+    # 40 users with events, two without, and the one for strangers.
+    assert "freshness_users = 43" in printed
+    assert "freshness_stale_share = 0\n" in printed
     assert "the newest events of the window" in printed
     assert "strategy" in printed
     assert (tmp_path / "plots" / "item_embeddings.html").stat().st_size > 1000

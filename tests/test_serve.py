@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import shutil
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ from nightstream.ledger import check
 from nightstream.settings import validate
 from nightstream.steps import apply, ingest, serve
 from nightstream.storage import Storage
-from nightstream.tables import RECOMMENDATIONS, REFRESHES, USER_VECTORS
+from nightstream.tables import METRICS, RAW_EVENTS, RECOMMENDATIONS, REFRESHES, USER_VECTORS
 
 
 def arriving(number: int, seed: int = 7) -> list[dict]:
@@ -35,8 +36,34 @@ def windows(storage):
     return {r.user_id: ([e.event_id for e in r.window], [round(x, 4) for x in r.vector]) for r in rows}
 
 
-def test_a_restart_goes_on_and_a_deleted_checkpoint_changes_nothing(spark, night):
+def assert_measured(storage, report, told, records):
+    """What one micro-batch leaves in `metrics`, in the log and in what `run` returns."""
+    measured = {r.name: r.value for r in storage.read(METRICS).where("name LIKE 'stream%'").collect()}
+    assert (measured["stream_batches"], measured["stream_events"], measured["stream_input_rows"]) == (1, 20, 20)
+    assert measured["stream_users_refreshed"] == report.users
+    assert (measured["stream_quarantined_share"], measured["stream_conflicts_retried"]) == (0, 0)
+    assert measured["stream_backlog_files"] == 0
+    assert measured["stream_visible_p50_s"] == told["stream_visible_p50_s"] == report.visible_seconds
+    assert measured["stream_merge_p50_s"] > 0
+    assert measured["stream_merged_commits"] == 1
+    ours = sum(measured[f"stream_phase_{name}_p50_s"] for name in ("record", "refresh", "write", "commit", "queue"))
+    assert 0 < ours < measured["stream_phase_add_batch_p50_s"] < measured["stream_phase_trigger_execution_p50_s"]
+    assert measured["stream_newest_event_delay_p50_s"] == pytest.approx(
+        measured["stream_oldest_event_delay_p50_s"] - 19
+    )
+    (arrived,) = {r.arrival_time for r in storage.read(RAW_EVENTS).where("payload LIKE '%live%'").collect()}
+    (begun,) = {r.refreshed_at for r in storage.read(REFRESHES).where("writer LIKE 'stream%'").collect()}
+    # Visible is what is committed: the delay counts the commit itself.
+    assert report.delay_seconds > (begun - arrived).total_seconds() + 0.99 * report.phases["commit"]
+    (line,) = [r for r in records if r.message == "micro-batch"]
+    assert (line.batch_id, line.events, line.users_refreshed) == (0, 20, report.users)
+    assert line.phase_wal_commit_s > 0
+    assert [r.stream_events for r in records if r.message == "stream measured"] == [20]
+
+
+def test_a_restart_goes_on_and_a_deleted_checkpoint_changes_nothing(spark, night, monkeypatch, caplog):
     storage, settings = night("serve")
+    caplog.set_level(logging.INFO, "nightstream.monitoring")
     before = check(storage)["events"]
     rows = arriving(40)
     world.drop(settings.stream.path, "a", rows[:20])
@@ -44,8 +71,20 @@ def test_a_restart_goes_on_and_a_deleted_checkpoint_changes_nothing(spark, night
     told = serve.run(spark, settings, until_idle=True, on_batch=reports.append)
     assert (told["events"], told["batches"]) == (20, 1)
     assert reports[0].delay_seconds > 0
+    assert_measured(storage, reports[0], told, caplog.records)
     world.drop(settings.stream.path, "b", [*rows[20:], "garbage"])
-    assert serve.run(spark, settings, until_idle=True)["events"] == 20
+    append = Storage.append
+
+    def refused(self, spec, rows, transaction=None):
+        if spec is METRICS:
+            raise OSError("no space left for metrics")
+        append(self, spec, rows, transaction)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Storage, "append", refused)
+        assert serve.run(spark, settings, until_idle=True)["events"] == 20
+    complaints = [r for r in caplog.records if r.name == "nightstream.monitoring" and r.levelno == logging.WARNING]
+    assert [r.failed for r in complaints] == ["writing to metrics"]
     counts = check(storage)
     assert counts == {"raw_events": before + 41, "events": before + 40, "quarantine": 1, "duplicates": 0}
     after = windows(storage)

@@ -76,6 +76,8 @@ def test_unreadable_files_and_overrides_come_at_once(tmp_path):
         "training.processes=0",
         "stream.trigger_seconds=-1",
         "stream.format=carrier-pigeon",
+        "stream.metrics_seconds=0",
+        "stream.metrics_seconds=3601",
         "spark.driver_memory=much",
         "gate.margin=1.1",
         "gate.margin=-0.1",

@@ -175,6 +175,23 @@ def serve(
 
 
 @app.command()
+def freshness(
+    files: Files,
+    overrides: Overrides = None,
+    log_json: Json = False,
+    user: Annotated[str | None, typer.Option("--user", metavar="ID", help="Tell of this user alone.")] = None,
+    worst: Annotated[
+        int, typer.Option("--worst", min=1, max=1000, metavar="N", help="How many of the stalest lists to show.")
+    ] = 10,
+) -> None:
+    """Tell how old the lists are against their users' newest events.
+
+    How many users there are, how many of their lists are stale, and the users whose lists are the furthest behind.
+    """
+    _run("freshness", files, overrides, log_json, user=user, worst=worst)
+
+
+@app.command()
 def demo(files: Files, overrides: Overrides = None, log_json: Json = False, as_of: AsOf = None) -> None:
     """A night and a day on MovieLens-100k.
 

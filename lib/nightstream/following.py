@@ -24,8 +24,15 @@ class Follower:
     each it rests for REST times as long: on few cores it would else take half of them from the micro-batches.
     """
 
-    def __init__(self, storage: Storage, top_k: int, attempts: int) -> None:
-        self.storage, self.attempts = storage, attempts
+    def __init__(
+        self,
+        storage: Storage,
+        top_k: int,
+        attempts: int,
+        on_merge: Callable[[float, int], None] = lambda seconds, commits: None,
+    ) -> None:
+        """on_merge: told after each MERGE how many seconds it took and how many commits went into it."""
+        self.storage, self.attempts, self.on_merge = storage, attempts, on_merge
         self.width = serving.list_width(storage, top_k)
         self._pending: list[Cut] = []
         self._error: Exception | None = None
@@ -90,8 +97,10 @@ class Follower:
                 with self._changed:
                     self._error = error
             else:
+                took = time.monotonic() - begun
+                self.on_merge(took, len(taken))
                 with self._changed:
                     del self._pending[: len(taken)]
                     self._changed.notify_all()
-                    rest = min(REST * (time.monotonic() - begun), LONGEST_REST)
+                    rest = min(REST * took, LONGEST_REST)
                     self._changed.wait_for(lambda: self._awaited > 0, rest)

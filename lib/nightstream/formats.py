@@ -100,10 +100,14 @@ def origin(position: Column) -> dict[str, Column]:
     return {POSITION: position, ARRIVAL: F.col("_metadata.file_modification_time")}
 
 
+def is_table_name(path: str) -> bool:
+    """Whether a Delta table is given by its name: that has dots and no slash."""
+    return "/" not in path and "." in path
+
+
 def load(reader, path: str) -> DataFrame:
-    """A Delta table by path or by name: a name has dots and no slash."""
-    by_name = "/" not in path and "." in path
-    return reader.table(path) if by_name else reader.load(path)
+    """A Delta table by path or by name."""
+    return reader.table(path) if is_table_name(path) else reader.load(path)
 
 
 def _delimited(spark: SparkSession, path: str, options: dict[str, str]) -> DataFrame:

@@ -83,8 +83,15 @@ def apply_all(storage: Storage, settings: Settings, payload: Payload, writer: st
 
 @dataclass(frozen=True)
 class BatchReport:
-    """What one micro-batch did. visible_seconds: from its start to its commit; delay_seconds: from the arrival of its
-    oldest event to its commit."""
+    """What one micro-batch did.
+
+    visible_seconds: from its start to its commit; delay_seconds: from the arrival of its oldest event to its commit.
+    oldest_event_seconds, newest_event_seconds: from the time of its oldest and its newest event to its commit.
+    last_arrival: when its newest row arrived. None where no row tells that time.
+    phases: seconds by what they were spent on; record: the arriving rows are cut off and booked; refresh; write: what
+    is left to wait for of the appends of the booking; commit: the append to `refreshes`; queue: waiting until the
+    MERGEs have room for it. unmerged: commits that the serving tables lack, this one included.
+    """
 
     batch_id: int
     events: int
@@ -93,7 +100,24 @@ class BatchReport:
     users: int
     visible_seconds: float
     delay_seconds: float | None
+    oldest_event_seconds: float | None
+    newest_event_seconds: float | None
+    last_arrival: datetime | None
+    phases: dict[str, float]
+    unmerged: int
     model_version: str
+
+
+class Laps:
+    """Seconds by phase, one after the other."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def end(self, phase: str) -> None:
+        now = time.monotonic()
+        self.seconds[phase], self._since = now - self._since, now
 
 
 @dataclass(frozen=True)
@@ -119,12 +143,13 @@ class SpeedLayer:
         writer: Callable[[], str],
         clock: Callable[[], datetime],
         on_batch: Callable[[BatchReport], None] = lambda report: None,
+        on_merge: Callable[[float, int], None] = lambda seconds, commits: None,
     ) -> None:
         self.storage, self.settings = storage, settings
         self._writer_of, self.writer = writer, ""
         self.clock, self.on_batch = clock, on_batch
         self.payload = self._load()
-        self.follower = Follower(storage, settings.serving.top_k, settings.serving.merge_attempts)
+        self.follower = Follower(storage, settings.serving.top_k, settings.serving.merge_attempts, on_merge)
         self.known_users = KnownUsers(storage)
         self._pool = ThreadPoolExecutor(1, "ask")
         self._known_ids: KnownIds | None = None
@@ -149,7 +174,7 @@ class SpeedLayer:
 
         Repeating a batch changes nothing. Raises what the MERGEs of earlier batches have met.
         """
-        begun = time.monotonic()
+        laps = Laps()
         storage, settings = self.storage, self.settings
         first = not self.writer
         if first:
@@ -159,29 +184,48 @@ class SpeedLayer:
         ahead = self._ask_ahead(arriving)
         # Spark repeats a micro-batch only as the first one after a start.
         recorded = book(storage, arriving, settings, micro_batch=True, fresh=not first, known_ids=self._known_ids)
+        laps.end("record")
         try:
             if first and serving.is_committed(storage, self.writer, batch_id):
                 return
             refreshed = self._refresh(recorded, ahead)
+            laps.end("refresh")
             recorded.written()
-            now, refolded = self.clock(), recorded.refold_users
-            committed = serving.commit(storage, refreshed, self.writer, batch_id, now, fresh=True, refolded=refolded)
+            laps.end("write")
+            committed = serving.commit(
+                storage,
+                refreshed,
+                self.writer,
+                batch_id,
+                self.clock(),
+                fresh=True,
+                refolded=recorded.refold_users,
+            )
+            laps.end("commit")
         finally:
             # Whatever happens, no write may run on: this batch may come again.
             recorded.written()
             recorded.release()
+        now, visible_seconds = self.clock(), sum(laps.seconds.values())
         self.known_users.committed(committed)
         self.follower.add(committed)
+        laps.end("queue")
+        counts = recorded.counts
         self.on_batch(
             BatchReport(
-                batch_id,
-                recorded.counts.events,
-                recorded.counts.quarantine,
-                recorded.counts.duplicates,
-                refreshed.totals["users"] or 0,
-                time.monotonic() - begun,
-                None if recorded.first_arrival is None else (now - recorded.first_arrival).total_seconds(),
-                self.payload.model_version,
+                batch_id=batch_id,
+                events=counts.events,
+                quarantined=counts.quarantine,
+                duplicates=counts.duplicates,
+                users=refreshed.totals["users"] or 0,
+                visible_seconds=visible_seconds,
+                delay_seconds=_seconds(recorded.first_arrival, now),
+                oldest_event_seconds=_seconds(recorded.oldest_event, now),
+                newest_event_seconds=_seconds(recorded.newest_event, now),
+                last_arrival=recorded.last_arrival,
+                phases=laps.seconds,
+                unmerged=len(self.follower.pending()),
+                model_version=self.payload.model_version,
             )
         )
 
@@ -305,6 +349,10 @@ class SpeedLayer:
             self.payload = newest
         # What was committed while this ran is looked at next time.
         self._seen_commits = commits
+
+
+def _seconds(since: datetime | None, now: datetime) -> float | None:
+    return None if since is None else (now - since).total_seconds()
 
 
 def utc_now() -> datetime:

@@ -18,7 +18,7 @@ from datetime import UTC, datetime, timedelta
 from pyspark.sql import functions as F
 
 from nightstream.errors import WriterBusyError
-from nightstream.storage import Storage, with_retries
+from nightstream.storage import Storage
 from nightstream.tables import WRITER_LEASE
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def take(
             .execute()
         )
 
-    with_retries(write, attempts, WRITER_LEASE.name)
+    storage.with_retries(write, attempts, WRITER_LEASE.name)
     found = storage.read(WRITER_LEASE).where(F.col("name") == SERVING).first()
     if found is None or (found.holder, found.token) == (holder, token):
         return None

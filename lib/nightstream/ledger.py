@@ -24,7 +24,7 @@ from nightstream.cutting import LOCAL_ROWS, Cut, cut
 from nightstream.errors import TableError
 from nightstream.known_ids import HASHES, KnownIds, with_hashes
 from nightstream.settings import Settings
-from nightstream.storage import Storage, with_retries
+from nightstream.storage import Storage
 from nightstream.tables import DUPLICATES, EVENTS, QUARANTINE, RAW_EVENTS, TableSpec
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,8 @@ class Recorded:
     a replay. None when nothing valid came.
     accepted_table: the same rows where they are few enough to be on the driver, else None.
     refold_users: user_id of the users whose windows must be folded again from `events`, distinct; None when nobody.
-    first_arrival: the earliest arrival time of the rows (UTC); None when they have none.
+    first_arrival, last_arrival: the earliest and the latest arrival time of the rows (UTC); None when they have none.
+    oldest_event, newest_event: the earliest and the latest event time of the valid rows; None where nothing valid came.
     """
 
     counts: Counts
@@ -66,6 +67,9 @@ class Recorded:
     accepted_table: pa.Table | None = None
     refold_users: DataFrame | None = None
     first_arrival: datetime | None = None
+    last_arrival: datetime | None = None
+    oldest_event: datetime | None = None
+    newest_event: datetime | None = None
     _cuts: list[Cut] = field(default_factory=list, repr=False)
     _writes: list[Future[None]] = field(default_factory=list, repr=False)
 
@@ -91,8 +95,10 @@ def arrive(arrived: DataFrame, settings: Settings, micro_batch: bool = False) ->
         "raw": F.count(F.lit(1)),
         "quarantine": F.count("reason"),
         "retractions": F.count_if(F.col("event_type") == settings.events.retraction_type),
-        "first": F.min(F.unix_micros("arrival_time")),
-        "last": F.max(F.unix_micros("arrival_time")),
+        "first_arrival": F.min(F.unix_micros("arrival_time")),
+        "last_arrival": F.max(F.unix_micros("arrival_time")),
+        "oldest_event": F.min(F.unix_micros("event_time")),
+        "newest_event": F.max(F.unix_micros("event_time")),
     }
     if not micro_batch:
         # A batch source is large: to try it on the driver first would read it twice.
@@ -166,8 +172,9 @@ class _Booking:
         self.cuts, self.parsed, self.table, totals = [arrived], arrived.rows, arrived.table, arrived.totals
         self.raw, self.quarantine, self.retractions = (totals[n] for n in ("raw", "quarantine", "retractions"))
         self.valid = self.raw - self.quarantine
-        first, last = totals["first"], totals["last"]
-        self.first_arrival = None if first is None else _EPOCH + timedelta(microseconds=first)
+        first, last = totals["first_arrival"], totals["last_arrival"]
+        names = ("first_arrival", "last_arrival", "oldest_event", "newest_event")
+        self.times = {n: None if totals[n] is None else _EPOCH + timedelta(microseconds=totals[n]) for n in names}
         # What a micro-batch wrote before has its rows' arrival times: Delta then skips most files of large tables.
         self.span: Column | None = None
         if micro_batch and first is not None:
@@ -182,7 +189,7 @@ class _Booking:
             added, writes = self._write(None, {})
             self._log(added)
             counts = Counts(self.raw, 0, self.quarantine, 0)
-            return Recorded(counts, added, None, None, None, self.first_arrival, self.cuts, writes)
+            return Recorded(counts, added, None, None, None, **self.times, _cuts=self.cuts, _writes=writes)
         resolved, found = self._resolved()
         added, writes = self._write(resolved, found)
         self._log(added)
@@ -194,7 +201,7 @@ class _Booking:
         table = None
         if self.table is not None:
             table = self._valid_table().select(EVENTS.schema.names) if self.only_new else accepted.toArrow()
-        return Recorded(counts, added, accepted, table, refold, self.first_arrival, self.cuts, writes)
+        return Recorded(counts, added, accepted, table, refold, **self.times, _cuts=self.cuts, _writes=writes)
 
     def _valid_table(self) -> pa.Table:
         assert self.table is not None
@@ -312,7 +319,7 @@ class _Booking:
             merge = self.storage.table(EVENTS).alias("old").merge(rows.alias("new"), "old.event_id = new.event_id")
             merge.whenMatchedUpdateAll(condition=newer).execute()
 
-        with_retries(run, self.settings.serving.merge_attempts, "events")
+        self.storage.with_retries(run, self.settings.serving.merge_attempts, "events")
 
     def _refold_users(
         self, resolved: DataFrame, current: DataFrame, found: dict[str, int], writes: list[Future[None]]

@@ -16,7 +16,7 @@ from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from nightstream.cutting import Cut, cut
-from nightstream.storage import Storage, with_retries
+from nightstream.storage import Storage
 from nightstream.tables import LIST_ENTRY, RECOMMENDATIONS, REFRESHED, REFRESHES, SEEN_OVERFLOW, USER_VECTORS
 from nightstream.window import TIME, newest_rows
 
@@ -104,9 +104,10 @@ def merge(storage: Storage, rows: DataFrame, width: int, attempts: int) -> None:
 
     rows: one per user, its newest: of an older one, ranks that the user's list no longer has would be inserted again.
     """
+    retry = storage.with_retries
     with ThreadPoolExecutor(2) as pool:
-        vectors = pool.submit(with_retries, lambda: _merge_states(storage, rows), attempts, USER_VECTORS.name)
-        lists = pool.submit(with_retries, lambda: _merge_lists(storage, rows, width), attempts, RECOMMENDATIONS.name)
+        vectors = pool.submit(retry, lambda: _merge_states(storage, rows), attempts, USER_VECTORS.name)
+        lists = pool.submit(retry, lambda: _merge_lists(storage, rows, width), attempts, RECOMMENDATIONS.name)
         vectors.result()
         lists.result()
 

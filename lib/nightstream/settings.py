@@ -129,6 +129,7 @@ class StreamSettings(Section):
     trigger_seconds: float = Field(ge=0, le=3600)
     snapshot_seconds: float = Field(ge=0, le=3600)
     handover_slice: int = Field(ge=0, le=1_000_000)
+    metrics_seconds: float = Field(ge=1, le=3600)
 
     def resolved_options(self) -> dict[str, str]:
         """The source options with every ${env:NAME} replaced. Raises SettingsError for a variable that is not set."""

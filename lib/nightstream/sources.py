@@ -147,11 +147,17 @@ def _kafka(messages: DataFrame, topic: str) -> DataFrame:
     )
 
 
-def _make_folder(path: str) -> None:
+def local_folder(path: str) -> Path | None:
+    """The folder of a stream.path that this process can list itself; None for one in an object store."""
     local = path.removeprefix("file:")
-    if "://" in local.replace("///", "/"):
+    return None if "://" in local.replace("///", "/") else Path(local)
+
+
+def _make_folder(path: str) -> None:
+    folder = local_folder(path)
+    if folder is None:
         return
     try:
-        Path(local).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SourceError(f"the stream's folder {path} cannot be made ({error.strerror}); check stream.path") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +25,16 @@ _CONFLICTS = ("ConcurrentAppend", "ConcurrentDelete", "ConcurrentTransaction", "
 
 
 class Storage:
-    """The tables of one installation under `settings.root`."""
+    """The tables of one installation under `settings.root`.
+
+    conflicts: how often a write of this object has been tried again because a concurrent writer got ahead.
+    """
 
     def __init__(self, spark: SparkSession, settings: StorageSettings) -> None:
         self.spark = spark
         self.settings = settings
+        self.conflicts = 0
+        self._counting = threading.Lock()
         # Delta's table builder takes a relative path for a table name.
         local = settings.kind == "path" and "://" not in settings.root
         self._root = str(Path(settings.root).absolute()) if local else settings.root.rstrip("/")
@@ -36,6 +42,15 @@ class Storage:
     def location(self, spec: TableSpec) -> str:
         """Path of the table, or catalog.schema.name."""
         return f"{self._root}.{spec.name}" if self._by_name else f"{self._root}/{spec.name}"
+
+    def sql_name(self, spec: TableSpec) -> str:
+        """What the table is called in SQL."""
+        location = self.location(spec)
+        return location if self._by_name else "delta.`" + location.replace("`", "``") + "`"
+
+    def create_view(self, name: str, query: str) -> None:
+        """Create or replace a view beside the tables; for storage.kind catalog only."""
+        self.spark.sql(f"CREATE OR REPLACE VIEW {self._root}.{name} AS {query}")
 
     @property
     def _by_name(self) -> bool:
@@ -112,16 +127,20 @@ class Storage:
             return DeltaTable.forName(self.spark, self.location(spec))
         return DeltaTable.forPath(self.spark, self.location(spec))
 
+    def with_retries(self, action: Callable[[], Result], attempts: int, what: str) -> Result:
+        """Run a write again when a concurrent writer got ahead, `attempts` times at most, then raise its error.
 
-def with_retries(action: Callable[[], Result], attempts: int, what: str) -> Result:
-    """Run a Delta write again when a concurrent writer got ahead, `attempts` times at most, then raise its error."""
-    for attempt in range(1, attempts + 1):
-        try:
-            return action()
-        except Exception as error:
-            name = type(error).__name__ + str(error)[:300]
-            if attempt == attempts or not any(c in name for c in _CONFLICTS):
-                raise
-            log.warning("concurrent write, trying again", extra={"what": what, "attempt": attempt})
-            time.sleep(random.uniform(0.1, 0.5) * attempt)
-    raise AssertionError("unreachable")
+        Each repetition is logged and counted in `conflicts`.
+        """
+        for attempt in range(1, attempts + 1):
+            try:
+                return action()
+            except Exception as error:
+                name = type(error).__name__ + str(error)[:300]
+                if attempt == attempts or not any(c in name for c in _CONFLICTS):
+                    raise
+                with self._counting:
+                    self.conflicts += 1
+                log.warning("concurrent write, trying again", extra={"what": what, "attempt": attempt})
+                time.sleep(random.uniform(0.1, 0.5) * attempt)
+        raise AssertionError("unreachable")

@@ -11,7 +11,7 @@ from nightstream import attributes, formats, ledger, sources
 from nightstream.errors import WriterBusyError
 from nightstream.lease import Lease, this_process
 from nightstream.settings import Settings
-from nightstream.storage import Storage, with_retries
+from nightstream.storage import Storage
 from nightstream.tables import ITEMS, USERS, TableSpec
 
 log = logging.getLogger(__name__)
@@ -73,4 +73,4 @@ def _merge(storage: Storage, spec: TableSpec, rows: DataFrame, attempts: int) ->
         merge = storage.table(spec).alias("old").merge(rows.alias("new"), f"old.{key} = new.{key}")
         merge.whenMatchedUpdateAll(condition=changed).whenNotMatchedInsertAll().execute()
 
-    with_retries(run, attempts, spec.name)
+    storage.with_retries(run, attempts, spec.name)

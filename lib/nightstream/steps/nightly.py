@@ -9,7 +9,7 @@ from pyspark.sql import SparkSession
 
 from nightstream.errors import RejectedError
 from nightstream.settings import Settings
-from nightstream.steps import apply, ingest, publish, train
+from nightstream.steps import apply, freshness, ingest, publish, train
 from nightstream.storage import Storage
 
 
@@ -32,6 +32,7 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, A
     except RejectedError as error:
         rejected = error
     told["apply"] = apply.run(spark, settings, as_of)
+    told["freshness"] = freshness.after_night(Storage(spark, settings.storage), settings, as_of)
     if rejected is not None:
         raise rejected
     return told

@@ -8,11 +8,10 @@ from typing import Any
 
 from pyspark.sql import SparkSession
 
-from nightstream import catalogue, gate, registry
+from nightstream import catalogue, gate, measurements, registry
 from nightstream.errors import RejectedError, TableError
 from nightstream.settings import Settings
 from nightstream.storage import Storage
-from nightstream.tables import METRICS
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +38,7 @@ def through_gate(storage: Storage, settings: Settings, as_of: datetime, version:
     Raises RejectedError: the version then has a row `rejected` with the numbers, and what serves has not changed.
     """
     verdict = gate.judge(storage, settings, version)
-    labels = {"outcome": verdict.outcome}
-    rows = [(name, value, version, labels, as_of) for name, value in verdict.numbers.items()]
-    if rows:
-        storage.append(METRICS, storage.spark.createDataFrame(rows, METRICS.schema))
+    measurements.write(storage, verdict.numbers, version, as_of, {"outcome": verdict.outcome})
     if verdict.outcome == gate.REJECTED:
         registry.reject(storage, version, as_of, verdict.numbers)
         raise RejectedError(

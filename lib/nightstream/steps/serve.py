@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
@@ -14,17 +13,17 @@ from pyspark.sql import DataFrame, SparkSession
 
 from nightstream import sources
 from nightstream.errors import NightstreamError, TableError, WriterBusyError
+from nightstream.freshness import make_view
 from nightstream.layers import BatchReport, SpeedLayer, utc_now
 from nightstream.lease import Lease
 from nightstream.ledger import parsed
-from nightstream.metrics import percentile
+from nightstream.monitoring import Monitor
 from nightstream.settings import Settings
 from nightstream.storage import Storage
-from nightstream.tables import METRICS
 
 log = logging.getLogger(__name__)
 KIND = "stream"
-REPORTS_KEPT = 1000
+QUERY = "nightstream"
 POLL_SECONDS = 1
 
 
@@ -41,23 +40,23 @@ def run(
 
     until_idle: work off what is there and end. max_batches: end after so many micro-batches. on_start: called when the
     query takes events. stop: asked every second.
+    Returns the number of micro-batches, events and refreshed users, and the percentiles of Monitor.summary.
     Raises TableError where no model is published, WriterBusyError where another process writes the serving tables.
     """
     storage = Storage(spark, settings.storage)
     checkpoint, serving = settings.stream.checkpoint, settings.serving
-    reports: deque[BatchReport] = deque(maxlen=REPORTS_KEPT)
     counts = {"batches": 0, "events": 0, "users": 0}
 
     def reported(report: BatchReport) -> None:
-        reports.append(report)
         counts["batches"] += 1
         counts["events"] += report.events
         counts["users"] += report.users
-        log.info("micro-batch", extra=vars(report))
+        monitor.on_batch(report)
         if on_batch is not None:
             on_batch(report)
 
-    layer = SpeedLayer(storage, settings, lambda: writer_of(spark, checkpoint), utc_now, reported)
+    monitor = Monitor(storage, settings.stream, QUERY, utc_now)
+    layer = SpeedLayer(storage, settings, lambda: writer_of(spark, checkpoint), utc_now, reported, monitor.on_merge)
     # The checkpoint names the holder, so that a stream that was killed has its lease back as soon as it runs again.
     lease = Lease(storage, f"checkpoint {checkpoint}", KIND, serving.lease_seconds, serving.merge_attempts, wait=True)
 
@@ -78,9 +77,10 @@ def run(
         writer = writer.trigger(availableNow=True)
     elif settings.stream.trigger_seconds > 0:
         writer = writer.trigger(processingTime=f"{settings.stream.trigger_seconds} seconds")
-    with lease, closing(layer):
+    with lease, monitor, closing(layer):
         layer.start()
-        query = writer.queryName("nightstream").start()
+        make_view(storage, settings)
+        query = writer.queryName(QUERY).start()
         on_start()
         try:
             while not query.awaitTermination(POLL_SECONDS):
@@ -93,7 +93,7 @@ def run(
                 stopped.set()
             query.stop()
         layer.settle()
-    return {**counts, **_measure(storage, reports)}
+    return {**counts, **monitor.summary()}
 
 
 def writer_of(spark: SparkSession, checkpoint: str) -> str:
@@ -116,19 +116,3 @@ def _ours(error: Exception) -> Exception:
         if marker in text:
             return kind(text.split(marker, 1)[1].splitlines()[0])
     return error
-
-
-def _measure(storage: Storage, reports: deque[BatchReport]) -> dict[str, float]:
-    if not reports:
-        return {}
-    visible = [r.visible_seconds for r in reports]
-    delays = [r.delay_seconds for r in reports if r.delay_seconds is not None]
-    measured = {
-        f"stream_{name}_p{share}_s": percentile(values, share)
-        for name, values in (("visible", visible), ("delay", delays))
-        for share in (50, 95)
-    }
-    version, now = reports[-1].model_version, utc_now()
-    rows = [(name, value, version, {"batches": str(len(reports))}, now) for name, value in measured.items()]
-    storage.append(METRICS, storage.spark.createDataFrame(rows, METRICS.schema))
-    return measured

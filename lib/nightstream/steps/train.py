@@ -8,13 +8,13 @@ from typing import Any
 
 from pyspark.sql import SparkSession
 
-from nightstream import catalogue, fitting, gate, registry, splits
+from nightstream import catalogue, fitting, gate, measurements, registry, splits
 from nightstream.errors import TableError
 from nightstream.events import live
 from nightstream.payload import Payload
 from nightstream.settings import Settings
 from nightstream.storage import Storage
-from nightstream.tables import EVENTS, ITEM_EMBEDDINGS, ITEMS, METRICS, MODELS, USERS
+from nightstream.tables import EVENTS, ITEM_EMBEDDINGS, ITEMS, MODELS, USERS
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +42,7 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, A
     registry.save_artifacts(storage, version, fitted.files | kept)
     payload = Payload(version, "", fitted.files, catalogue.NO_ITEMS)
     storage.overwrite(ITEM_EMBEDDINGS, catalogue.embed(items, payload), where=f"model_version = '{version}'")
-    rows: list[tuple] = [(name, float(value), version, {}, as_of) for name, value in fitted.metrics.items()]
-    storage.append(METRICS, spark.createDataFrame(rows, METRICS.schema))
+    measurements.write(storage, fitted.metrics, version, as_of, {})
     registry.record(
         storage, version, registry.TRAINED, as_of, settings.model_dump(mode="json"), fitted.metrics, fitted.history
     )
