@@ -129,8 +129,8 @@ USERS = TableSpec(
 )
 ITEM_EMBEDDINGS = TableSpec(
     "item_embeddings",
-    "one item under one model version: its vector",
-    _struct(model_version=STRING, item_id=STRING, vector=VECTOR, from_content=BOOL),
+    "one item under one model version: its vector, and the hash of the content that it was made from",
+    _struct(model_version=STRING, item_id=STRING, vector=VECTOR, from_content=BOOL, content_hash=STRING),
     ("model_version", "item_id"),
 )
 _STATE = {

@@ -12,7 +12,7 @@ from nightstream.errors import TableError
 from nightstream.events import live
 from nightstream.payload import Payload
 from nightstream.settings import Settings
-from nightstream.storage import Storage
+from nightstream.storage import Storage, with_retries
 from nightstream.tables import EVENTS, ITEM_EMBEDDINGS, ITEMS, METRICS, USERS
 
 
@@ -33,7 +33,13 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, A
     kept = gate.artifacts(fitted.before_refit, *splits.held_out_after(roles))
     registry.save_artifacts(storage, version, fitted.files | kept)
     payload = Payload(version, "", fitted.files, catalogue.NO_ITEMS)
-    storage.overwrite(ITEM_EMBEDDINGS, catalogue.embed(items, payload), where=f"model_version = '{version}'")
+    embedded = catalogue.embed(items, payload)
+    # A running stream may replace the embeddings of updated items at the same time.
+    with_retries(
+        lambda: storage.overwrite(ITEM_EMBEDDINGS, embedded, where=f"model_version = '{version}'"),
+        settings.serving.merge_attempts,
+        ITEM_EMBEDDINGS.name,
+    )
     registry.record(
         storage, version, registry.TRAINED, as_of, settings.model_dump(mode="json"), fitted.metrics, fitted.history
     )
