@@ -133,7 +133,8 @@ class SpeedLayer:
         self._some_behind = True
 
     def start(self) -> None:
-        """Merge what an earlier process committed and did not merge; before the first micro-batch."""
+        """Merge what an earlier process committed and did not merge; before the first micro-batch of each query."""
+        self.writer = ""
         serving.merge_tail(self.storage, self.follower.width, self.settings.serving.merge_attempts)
         self.payload.load()
         self._known_ids = KnownIds.of(self.storage.read_or_empty(EVENTS))

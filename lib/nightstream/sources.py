@@ -76,7 +76,7 @@ def stream_events(spark: SparkSession, settings: StreamSettings) -> DataFrame:
         if settings.format == "kafka":
             limits = {"subscribe": settings.path, "maxOffsetsPerTrigger": str(settings.max_per_trigger)}
             options = {**limits, **options, "includeHeaders": "true"}
-            return _kafka(reader.format("kafka").options(**options).load(), settings.path)
+            return kafka_payloads(reader.format("kafka").options(**options).load(), settings.path)
         limits = {"maxFilesPerTrigger": str(settings.max_per_trigger)}
         if settings.format == "jsonl":
             _make_folder(settings.path)
@@ -85,6 +85,8 @@ def stream_events(spark: SparkSession, settings: StreamSettings) -> DataFrame:
             lines = reader.format("text").options(**{**limits, **options}).load(settings.path)
             rows = lines.where(F.trim("value") != "")
         else:
+            # With a log of the table's schemas a query that is started anew goes on after columns came or went.
+            limits["schemaTrackingLocation"] = f"{_absolute(settings.checkpoint)}/_delta_schema"
             rows = load(reader.format("delta").options(**{**limits, **options}), settings.path)
             return _payloads(_with_file(rows), settings.format, settings.path)
         rows = rows.withColumns(origin(F.col("_metadata.file_path")))
@@ -138,7 +140,8 @@ def _with_file(rows: DataFrame) -> DataFrame:
     return known
 
 
-def _kafka(messages: DataFrame, topic: str) -> DataFrame:
+def kafka_payloads(messages: DataFrame, topic: str) -> DataFrame:
+    """The payload rows, with headers, of the messages that Spark's Kafka source gives with includeHeaders."""
     # Messages of the oldest format have no timestamp: Kafka says -1 ms.
     known = F.when(F.col("timestamp") >= F.timestamp_seconds(F.lit(0)), F.col("timestamp"))
     # A key may occur several times, so they are no map; bytes that are not UTF-8 become U+FFFD.
@@ -155,6 +158,11 @@ def _kafka(messages: DataFrame, topic: str) -> DataFrame:
         F.concat_ws("/", "topic", F.col("partition").cast("string"), F.col("offset").cast("string")).alias("position"),
         known.alias("arrival_time"),
     )
+
+
+def _absolute(folder: str) -> str:
+    """Delta compares it with the checkpoint's full path."""
+    return folder.rstrip("/") if ":" in folder else str(Path(folder).absolute())
 
 
 def _make_folder(path: str) -> None:
