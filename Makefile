@@ -9,8 +9,10 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 BIN := .venv/bin
 ML100K := data/ml-100k
+KAFKA ?= 127.0.0.1:9092
+TOPIC ?= events
 
-.PHONY: help check-machine venv data lint types test test-slow test-faults demo lock clean
+.PHONY: help check-machine venv data lint types test test-slow test-faults demo kafka kafka-send lock clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -78,6 +80,13 @@ test-faults: venv ## stream and nightly job killed at every write and many momen
 
 demo: venv data ## MovieLens-100k from end to end; writes out/ and ends with the path of its report
 	@$(BIN)/nightstream demo --settings conf/movielens.yaml --settings conf/local.yaml --settings conf/demo.yaml
+
+# The broker is a Java process of its own; its JARs, its settings and what it stores lie below out/kafka.
+kafka: venv ## a Kafka broker to try the stream with, at 127.0.0.1:9092, until Ctrl-C
+	@$(BIN)/python tests/kafka_broker.py run out/kafka $(KAFKA) $(TOPIC)
+
+kafka-send: venv ## send the lines of stdin to that broker: echo '{...}' | make kafka-send
+	@$(BIN)/python tests/kafka_broker.py send out/kafka $(KAFKA) $(TOPIC)
 
 # To take in newer versions, delete the lines concerned from requirements.lock first: what is there stays pinned.
 # It is made by `uv pip compile` from pyproject.toml, for Python 3.11 on any system, with hashes and without addresses.

@@ -26,6 +26,7 @@ RULES = EventSettings(
 )
 COLUMNS = {c: c for c in ("event_id", "user_id", "item_id", "event_type", "event_time", "value", "retracts")}
 ARRIVAL = datetime(2026, 1, 1, tzinfo=UTC)
+BINARY_PAYLOADS = "payload binary, source string, position string, arrival_time timestamp"
 OK = {"user_id": "u", "item_id": "i", "event_time": 1_700_000_000}
 
 
@@ -60,6 +61,8 @@ REJECTED = [
     (changed(value=4) + "," + changed(value=4), "not_json", "payload"),
     (changed().replace('"', "'"), "not_json", "payload"),
     ('{"user_id":' + "[" * 3000 + "]" * 3000 + "}", "not_json", "payload"),
+    ('{"user_id":"a","user_id":"b","item_id":"i","event_time":1}', "repeated_key", "payload"),
+    ('\ufeff {"user_id":"u","item_id":"i","event_time":1,"k":1,"\\u006b":1}', "repeated_key", "payload"),
     (changed(user_id=...), "missing", "user_id"),
     (changed(user_id=None), "missing", "user_id"),
     (changed(user_id=" \t\u00a0"), "missing", "user_id"),
@@ -127,7 +130,7 @@ ACCEPTED = [
     (changed(item_id="Hä 漢🎬"), {"item_id": "Hä 漢🎬"}),
     (changed(item_id="[deleted]"), {"item_id": "[deleted]"}),
     ('{"user_id":"\\ud83c\\udfac?","item_id":"i","event_time":1}', {"user_id": "🎬?"}),
-    ('{"user_id":"a","user_id":"b","item_id":"i","event_time":1}', {"user_id": "b"}),
+    (changed(extra={"user_id": "x"}, more=[{"a": 1}, {"a": 2}]), {"user_id": "u"}),
     ('\ufeff  {"user_id":"u","item_id":"bom","event_time":1}', {"item_id": "bom"}),
     (changed(value="1.5", extra={"user_id": "x", "deep": [[[{}]]]}), {"user_id": "u", "value": 1.5}),
     (changed(value=1e-320), {"value": 1e-320}),
@@ -222,10 +225,19 @@ def test_raw_ids_are_unique_and_come_back(spark):
     assert once["b", source_and_position] == digest[:32]
 
 
-def test_broken_utf8_is_kept_readable(spark):
-    broken = payloads(spark, ["x"]).withColumn("payload", F.expr("cast(X'7BFF7D' as string)"))
-    row = E.raw_rows(E.parse(broken, COLUMNS, "auto", RULES, "*")).first()
-    assert (row.payload, row.reason) == ("{\ufffd}", "not_json")
+def test_broken_utf8_is_rejected_kept_readable_and_kept_as_it_came(spark):
+    payload = b'{"user_id":"u","item_id":"i","event_time":1,"note":"%s"}'
+    lines = [payload % b"\xff", payload % b"\xfe", payload % "ä".encode()]
+    broken = spark.createDataFrame([(x, "test", "file", ARRIVAL) for x in map(bytearray, lines)], BINARY_PAYLOADS)
+    once = E.parse(broken.withColumn("payload", F.col("payload").cast("string")), COLUMNS, "auto", RULES, "*")
+    rows = sorted(E.raw_rows(once).collect(), key=lambda r: bytes(r.payload_bytes or b""), reverse=True)
+    assert [r.reason for r in rows] == ["not_utf8", "not_utf8", None]
+    assert [r.payload_bytes for r in rows] == [*lines[:2], None]
+    assert [r.payload.count("\ufffd") for r in rows] == [1, 1, 0]
+    assert len({r.position for r in rows}) == 3
+    # Read again from raw_events it is still no event.
+    again = E.parse(once.select(*[f for f in RAW_EVENTS.schema.names if f != "raw_id"]), COLUMNS, "auto", RULES, "*")
+    assert sorted(str(r.reason) for r in again.collect()) == ["None", "not_utf8", "not_utf8"]
 
 
 @settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))

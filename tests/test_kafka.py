@@ -6,18 +6,25 @@ import json
 import os
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import world
 import yaml
 from kafka_broker import Broker
+from nightstream import sources
 from nightstream.ledger import check
-from nightstream.settings import load
 from nightstream.tables import QUARANTINE, RAW_EVENTS, USER_VECTORS
+from pyspark.sql import functions as F
 
 CONF = Path(__file__).parent.parent / "conf"
-CONNECTOR = "org.apache.spark:spark-sql-kafka-0-10_2.13:4.2.0"
+PASSWORD, WRONG_PASSWORD = "hush-1234", "pst-5678"
+JAAS = 'org.apache.kafka.common.security.plain.PlainLoginModule required username="stream" password="${env:SECRET}";'
+MESSAGES = (
+    "value binary, headers array<struct<key string, value binary>>, topic string, partition int, offset long, "
+    "timestamp timestamp"
+)
 
 
 def lines(numbers: range) -> list[str]:
@@ -28,39 +35,95 @@ def lines(numbers: range) -> list[str]:
     return [json.dumps({**r, "event_time": r["event_time"] + 10**6}) for r in rows]
 
 
-@pytest.mark.slow
-def test_messages_of_a_topic_refresh_their_users_and_a_restart_goes_on(spark, night, tmp_path):
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory):
+    with Broker(tmp_path_factory.mktemp("broker"), users={"stream": PASSWORD}) as running:
+        yield running
+
+
+@pytest.fixture
+def serve(night, tmp_path, request):
+    """serve(stream options, environment) -> the finished process of the command, on a topic named like the test."""
     storage, settings = night("kafka")
-    before = check(storage)["events"]
-    with Broker(tmp_path / "broker") as broker:
-        document = settings.model_dump(mode="json")
-        document["stream"] |= {
-            "format": "kafka",
-            "path": "clicks",
-            "max_per_trigger": 30,
-            "options": {"kafka.bootstrap.servers": "${env:BROKER}", "startingOffsets": "earliest"},
-        }
-        document["spark"]["packages"] = [*load([CONF / "base.yaml"]).spark.packages, CONNECTOR]
+    document = settings.model_dump(mode="json")
+    overlay = yaml.safe_load((CONF / "kafka.yaml").read_text(encoding="utf-8"))
+    document["spark"] |= overlay["spark"]
+
+    def run(options: dict[str, str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        own = {"path": request.node.name, "max_per_trigger": 30, "options": overlay["stream"]["options"] | options}
+        document["stream"] |= {"format": overlay["stream"]["format"], **own}
         file = tmp_path / "base.yaml"
         file.write_text(yaml.safe_dump(document), encoding="utf-8")
         command = [str(Path(sys.executable).with_name("nightstream")), "serve", "--until-idle", "--settings", str(file)]
+        return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
 
-        def serve() -> dict:
-            done = subprocess.run(command, env={**os.environ, "BROKER": broker.address}, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-3000:]
-            return json.loads(done.stdout)
+    return storage, run
 
-        broker.send("clicks", [*lines(range(60)), "no event", lines(range(1))[0]])
-        told = serve()
-        assert told["events"] == 60
-        assert told["batches"] >= 3
-        broker.send("clicks", lines(range(60, 70)))
-        assert serve()["events"] == 10
+
+def told(done: subprocess.CompletedProcess[str]) -> dict:
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_messages_of_a_topic_refresh_their_users_and_a_restart_goes_on(broker, serve, request):
+    storage, run = serve
+    topic, before = request.node.name, check(storage)["events"]
+    options = ({"kafka.bootstrap.servers": "${env:BROKER}"}, {"BROKER": broker.address})
+    broker.send(topic, [*lines(range(59)), f"origin:db/17,origin:db/18\t{lines(range(59, 60))[0]}"])
+    broker.send(topic, ["no event", lines(range(1))[0]])
+    first = told(run(*options))
+    assert first["events"] == 60
+    assert first["batches"] >= 3
+    broker.send(topic, lines(range(60, 70)))
+    assert told(run(*options))["events"] == 10
     assert check(storage) == {"raw_events": before + 72, "events": before + 70, "quarantine": 1, "duplicates": 1}
     rejected = storage.read(QUARANTINE).first()
-    assert (rejected.source, rejected.payload, rejected.reason) == ("kafka:clicks", "no event", "not_json")
-    positions = {r.position.split("#")[0] for r in storage.read(RAW_EVENTS).where("source = 'kafka:clicks'").collect()}
+    assert (rejected.source, rejected.payload, rejected.reason) == (f"kafka:{topic}", "no event", "not_json")
+    raw = storage.read(RAW_EVENTS).where(f"source = 'kafka:{topic}'").collect()
+    positions = {r.position.split("#")[0] for r in raw}
     assert len(positions) == 72
-    assert {p.rsplit("/", 1)[0] for p in positions} == {"clicks/0", "clicks/1"}
+    assert {p.rsplit("/", 1)[0] for p in positions} == {f"{topic}/0", f"{topic}/1"}
+    (headers,) = [r.headers for r in raw if r.headers]
+    assert [(h.key, h.value) for h in headers] == [("origin", "db/17"), ("origin", "db/18")]
     newest = {r.user_id: r.window[-1].event_id for r in storage.read(USER_VECTORS).collect() if r.window}
     assert all(newest[f"u{n % 48:03}"] == f"k{n}" for n in range(22, 70))
+
+
+@pytest.mark.slow
+def test_a_password_reaches_the_broker_and_nothing_else(broker, serve, request, tmp_path):
+    _, run = serve
+    broker.send(request.node.name, lines(range(3)))
+    login = {
+        "kafka.bootstrap.servers": broker.guarded_address,
+        "kafka.security.protocol": "SASL_PLAINTEXT",
+        "kafka.sasl.mechanism": "PLAIN",
+        "kafka.sasl.jaas.config": JAAS,
+    }
+    refused = run(login, {"SECRET": WRONG_PASSWORD})
+    assert refused.returncode == 2, refused.stderr[-3000:]
+    assert "the Kafka broker refuses the login" in refused.stderr
+    done = run(login, {"SECRET": PASSWORD})
+    assert told(done)["events"] == 3
+    assert not any(p in text for p in (PASSWORD, WRONG_PASSWORD) for text in (refused.stderr, done.stderr, done.stdout))
+    written = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert any(p.name == "metadata" for p in written)
+    assert not [p for p in written if PASSWORD.encode() in p.read_bytes()]
+
+
+def test_a_message_becomes_a_payload_with_its_place_and_headers(spark):
+    moment = datetime(2024, 1, 1, tzinfo=UTC)
+    rows = [
+        (bytearray(b'{"a":1}'), [("k", bytearray(b"1")), ("k", None), ("b", bytearray(b"\xff"))], "t", 0, 7, moment),
+        (bytearray(b"\xff"), None, "t", 1, 8, datetime.fromtimestamp(-1, UTC)),
+        (None, None, "t", 1, 9, moment),
+    ]
+    found = sources.kafka_payloads(spark.createDataFrame(rows, MESSAGES), "t")
+    found = found.withColumns({"payload": F.hex("payload"), "arrival_time": F.unix_seconds("arrival_time")})
+    first, broken, deleted = [tuple(r) for r in found.select("payload", "source", "position", "arrival_time").collect()]
+    assert first == (b'{"a":1}'.hex().upper(), "kafka:t", "t/0/7", int(moment.timestamp()))
+    assert broken == ("FF", "kafka:t", "t/1/8", None)
+    assert deleted[0] is None
+    headers = [r.headers for r in found.collect()]
+    assert [tuple(h) for h in headers[0]] == [("k", "1"), ("k", None), ("b", "\ufffd")]
+    assert headers[1:] == [None, None]

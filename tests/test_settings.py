@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -114,6 +115,40 @@ def test_secrets_come_from_the_environment_and_stay_out_of_the_settings(monkeypa
     monkeypatch.setenv("NIGHTSTREAM_OTHER", "pst")
     assert loaded.stream.resolved_options() == {"user": "me", "password": "hush", "key": "pst"}
     assert "hush" not in loaded.model_dump_json()
+
+
+JAAS = "org.apache.kafka.common.security.plain.PlainLoginModule required username=me password={};"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "{kafka.ssl.key.password: hush}",
+        "{kafka.ssl.keystore.password: 'pre-${env:PART}'}",
+        "{kafka.ssl.keystore.key: hush}",
+        "{kafka.sasl.jaas.config: '" + JAAS.format('"hush"') + "'}",
+        "{kafka.sasl.jaas.config: '" + JAAS.format("hush") + "'}",
+        "{kafka.sasl.jaas.config: 'x required clientSecret = \"hush\";'}",
+        "{kafka.ssl.key.password: 1234}",
+        "hush",
+        "{kafka.ssl.key.password: [hush}",
+    ],
+)
+def test_a_secret_in_plain_text_is_refused_and_not_repeated(options):
+    (problem,) = problems(overrides=[f"stream.options={options}"])
+    assert "stream.options" in problem
+    assert not re.search("hush|1234|pre-", problem)
+
+
+def test_references_and_harmless_options_pass():
+    options = {
+        "kafka.ssl.key.password": "${env:KEY}",
+        "kafka.ssl.truststore.password": " ${secret:scope/a-key} ",
+        "kafka.sasl.jaas.config": JAAS.format('"${env:KEY}"'),
+        "kafka.sasl.oauthbearer.token.endpoint.url": "https://where",
+        "kafka.ssl.truststore.location": "/password/file",
+    }
+    assert settings.load([BASE], [f"stream.options={json.dumps(options)}"]).stream.options == options
 
 
 def test_every_setting_is_in_base_with_a_comment_on_its_range():

@@ -8,15 +8,18 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from nightstream import registry
+from nightstream.cutting import cut
 from nightstream.errors import TableError
 from nightstream.features import transform_items
 from nightstream.payload import Loaded, Payload, encode_catalogue
 from nightstream.storage import Storage
 from nightstream.tables import ITEM_EMBEDDINGS, ITEMS
+
+CONTENT = ("title", "text", "categories", "numbers")
 
 
 def known_items(items: DataFrame, events: DataFrame) -> DataFrame:
@@ -32,9 +35,13 @@ def known_items(items: DataFrame, events: DataFrame) -> DataFrame:
 
 def embed(items: DataFrame, payload: Payload) -> DataFrame:
     """ITEMS rows -> ITEM_EMBEDDINGS rows under the payload's model, encoded on the executors."""
-    return items.select("item_id", "title", "text", "categories", "numbers").mapInArrow(
-        _encoder(payload), ITEM_EMBEDDINGS.schema
-    )
+    rows = items.select("item_id", *CONTENT, content_hash().alias("content_hash"))
+    return rows.mapInArrow(_encoder(payload), ITEM_EMBEDDINGS.schema)
+
+
+def content_hash() -> Column:
+    """16 hex digits of sha256 over what an item is encoded from."""
+    return F.substring(F.sha2(F.to_json(F.struct(*CONTENT)), 256), 1, 16)
 
 
 def _encoder(payload: Payload) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
@@ -54,6 +61,7 @@ def _encoder(payload: Payload) -> Callable[[Iterator[pa.RecordBatch]], Iterator[
                 "item_id": pa.array(ids, pa.string()),
                 "vector": pa.ListArray.from_arrays(offsets, pa.array(vectors.reshape(-1).astype(np.float32))),
                 "from_content": pa.array([i not in known for i in ids]),
+                "content_hash": batch.column("content_hash"),
             }
             yield pa.record_batch(
                 [columns[n] for n in ITEM_EMBEDDINGS.schema.names], names=ITEM_EMBEDDINGS.schema.names
@@ -101,17 +109,30 @@ def payload_of(name: str, files: dict[str, bytes], items: DataFrame) -> Payload:
     return Payload(name, encoder.catalogue_version + "+", files, encode_catalogue(table))
 
 
-def embed_missing(storage: Storage, items: DataFrame, payload: Payload) -> int:
-    """Encode those ITEMS rows that have no embedding under the payload's model yet; returns how many there were."""
+def embed_changed(storage: Storage, items: DataFrame, payload: Payload, attempts: int) -> int:
+    """Encode those ITEMS rows that have no embedding under the payload's model yet, or one of an older content; returns
+    how many there were."""
     present = storage.read_or_empty(ITEM_EMBEDDINGS).where(F.col("model_version") == payload.model_version)
-    missing = items.join(present.select("item_id"), "item_id", "left_anti").persist()
+    before = present.select("item_id", F.col("content_hash").alias("_before"))
+    changed = items.join(before, "item_id", "left").where(~content_hash().eqNullSafe(F.col("_before"))).persist()
     try:
-        count = missing.count()
-        if count:
-            storage.append(ITEM_EMBEDDINGS, embed(missing, payload))
-        return count
+        row = changed.agg(F.count(F.lit(1)).alias("all"), F.count("_before").alias("updated")).first()
+        assert row is not None
+        if row["updated"]:
+            rows = cut(embed(changed, payload), {}, size=row["all"], cached=False).rows
+            storage.with_retries(lambda: _replace(storage, rows), attempts, ITEM_EMBEDDINGS.name)
+        elif row["all"]:
+            # An append, unlike a MERGE, meets no conflict with the night that writes its own model's embeddings.
+            storage.append(ITEM_EMBEDDINGS, embed(changed, payload))
+        return int(row["all"])
     finally:
-        missing.unpersist()
+        changed.unpersist()
+
+
+def _replace(storage: Storage, rows: DataFrame) -> None:
+    same = "old.model_version = new.model_version AND old.item_id = new.item_id"
+    merge = storage.table(ITEM_EMBEDDINGS).alias("old").merge(rows.alias("new"), same)
+    merge.whenMatchedUpdateAll().whenNotMatchedInsertAll().execute()
 
 
 NO_ITEMS = encode_catalogue(

@@ -54,8 +54,9 @@ def cut(
     """Compute rows and totals (aggregates over them) now.
 
     Up to `limit` rows come to the driver, in one partition: choose it by their width, and 0 where there are surely
-    more. size: how many there are, where the caller knows; else it is found out by computing the first of them, which
-    is lost work where there are more. More rows stay on the executors, cached, or, with cached=False, checkpointed
+    more; where Spark finds that they are wider than the driver takes (spark.driver.maxResultSize), they don't. size:
+    how many there are, where the caller knows; else it is found out by computing the first of them, which is lost work
+    where there are more. More rows stay on the executors, cached, or, with cached=False, checkpointed
     there: Delta's MERGE refuses a source that is in the cache. Serverless clusters have neither; there, more rows are
     computed again whenever they are read, so they must come from what does not change.
     """
@@ -63,8 +64,8 @@ def cut(
     if limit and (size is None or size <= limit):
         seen = Observation()
         few = rows if size is not None else rows.limit(limit + 1)
-        table = few.observe(seen, F.count(F.lit(1)).alias("_rows"), *columns).toArrow()
-        if table.num_rows <= limit:
+        table = _on_driver(few.observe(seen, F.count(F.lit(1)).alias("_rows"), *columns))
+        if table is not None and table.num_rows <= limit:
             found = seen.get if table.num_rows else {}
             return Cut.of(rows.sparkSession, table, rows.schema, {name: found.get(name) for name in totals})
     try:
@@ -74,3 +75,13 @@ def cut(
     row = kept.agg(*columns, F.count(F.lit(1)).alias("_rows")).first()
     assert row is not None
     return Cut(kept, {name: row[name] for name in totals})
+
+
+def _on_driver(rows: DataFrame) -> pa.Table | None:
+    """The rows; None where they are too many bytes for the driver."""
+    try:
+        return rows.toArrow()
+    except Exception as error:
+        if "spark.driver.maxResultSize" not in str(error):
+            raise
+        return None

@@ -11,9 +11,13 @@ from pyspark.sql import types as T
 from nightstream.settings import EventSettings
 from nightstream.tables import EVENTS, RAW_EVENTS
 
-NOT_JSON, MISSING, TOO_LONG, UNREADABLE = "not_json", "missing", "too_long", "unreadable"
+NOT_UTF8, NOT_JSON, REPEATED_KEY = "not_utf8", "not_json", "repeated_key"
+MISSING, TOO_LONG, UNREADABLE = "missing", "too_long", "unreadable"
 RESERVED, IN_FUTURE, OUT_OF_RANGE, UNKNOWN = "reserved", "in_future", "out_of_range", "unknown"
-REASONS = (NOT_JSON, MISSING, TOO_LONG, UNREADABLE, RESERVED, IN_FUTURE, OUT_OF_RANGE, UNKNOWN)
+REASONS = (
+    *(NOT_UTF8, NOT_JSON, REPEATED_KEY, MISSING, TOO_LONG),
+    *(UNREADABLE, RESERVED, IN_FUTURE, OUT_OF_RANGE, UNKNOWN),
+)
 
 # What `resolve` makes of a valid row.
 NEW, SUPERSEDING, STORED, DUPLICATE = "new", "superseding", "stored", "duplicate"
@@ -36,7 +40,10 @@ def raw_rows(payloads: DataFrame) -> DataFrame:
     Identical payloads at one position are numbered, so that position, and with it raw_id (32 hex digits of
     sha256 over source and position), is unique and the same whenever the position is read again.
     """
-    digest = F.substring(F.sha2("payload", 256), 1, 16)
+    content = F.col("payload").cast("binary")
+    if "payload_bytes" in payloads.columns:
+        content = F.coalesce("payload_bytes", content)
+    digest = F.substring(F.sha2(content, 256), 1, 16)
     same = Window.partitionBy("source", "position", "_digest").orderBy("arrival_time")
     rows = payloads.withColumn("_digest", digest).withColumn("_ordinal", F.row_number().over(same))
     rows = rows.withColumn("position", F.concat("position", F.lit("#"), "_digest", F.lit("-"), "_ordinal"))
@@ -47,22 +54,36 @@ def raw_rows(payloads: DataFrame) -> DataFrame:
 def parse(
     payloads: DataFrame, columns: Mapping[str, str], time_unit: str, rules: EventSettings, reserved_user: str
 ) -> DataFrame:
-    """One row per payload row (payload, arrival_time, and any other columns, which stay): the columns of EVENTS that
-    the payload tells, and reason and field, both null for a valid event.
+    """One row per payload row (payload, arrival_time, and any other columns, which stay): the columns of RAW_EVENTS
+    that a source may leave out (null then), those of EVENTS that the payload tells, and reason and field, both null for
+    a valid event.
 
-    Row by row, so that a streaming query does it before its micro-batches are cut. Bytes of the payload that are not
-    UTF-8 become U+FFFD, because readers of the tables would fail on them.
+    Row by row, so that a streaming query does it before its micro-batches are cut. In a payload that is not UTF-8 the
+    broken bytes become U+FFFD, because readers of the tables would fail on them; payload_bytes keeps it as it came.
     columns: our column → key of the payload's JSON object (top level). time_unit: auto, seconds, milliseconds,
-    microseconds or iso. A retraction may leave out item_id. Of a key given twice the last value counts.
+    microseconds or iso. A retraction may leave out item_id. A key given twice at the top level is refused: readers of
+    JSON do not agree on which value counts.
     A derived event_id leads with crc32("user_id/item_id"), so that order by (event_time, event_id) breaks ties by it.
     Never fails on a payload: whatever cannot be read gets a reason.
     """
-    payloads = payloads.withColumn("payload", F.coalesce(F.make_valid_utf8("payload"), F.lit("")))
+    payloads = _readable(payloads)
     text, is_event = _texts(payloads, columns)
     told = [n for n in EVENTS.schema.names if n not in RAW_EVENTS.schema.names]
     return _checked(text, is_event, columns, time_unit, rules, reserved_user).select(
         *payloads.columns, *told, "reason", "field"
     )
+
+
+def _readable(payloads: DataFrame) -> DataFrame:
+    """The payload rows with payload as valid text, and payload_bytes and headers where they were missing."""
+    broken = F.when(~F.is_valid_utf8("payload"), F.col("payload").cast("binary"))
+    if "payload_bytes" in payloads.columns:
+        # Rows of raw_events, read again.
+        broken = F.coalesce("payload_bytes", broken)
+    columns = {"payload_bytes": broken, "payload": F.coalesce(F.make_valid_utf8("payload"), F.lit(""))}
+    if "headers" not in payloads.columns:
+        columns["headers"] = F.lit(None).cast(RAW_EVENTS.schema["headers"].dataType)
+    return payloads.withColumns(columns)
 
 
 def json_objects(name: str, keys: Sequence[str]) -> Column:
@@ -72,9 +93,13 @@ def json_objects(name: str, keys: Sequence[str]) -> Column:
     """
     schema = T.ArrayType(T.StructType([T.StructField(k, T.StringType()) for k in keys]))
     # In brackets the parser must reach the end: alone it would accept `{…} garbage` and `{…}{…}` and drop the rest.
-    bracketed = F.concat(F.lit("["), F.ltrim(F.regexp_replace(name, "^\ufeff", "")), F.lit("]"))
+    bracketed = F.concat(F.lit("["), _without_mark(name), F.lit("]"))
     parsed = F.from_json(bracketed, schema, {"allowSingleQuotes": "false", "mode": "PERMISSIVE"})
     return F.when(F.size(parsed) == 1, F.get(parsed, F.lit(0)))
+
+
+def _without_mark(name: str) -> Column:
+    return F.ltrim(F.regexp_replace(name, "^\ufeff", ""))
 
 
 def _texts(raw: DataFrame, columns: Mapping[str, str]) -> tuple[DataFrame, Column]:
@@ -111,8 +136,11 @@ def _checked(
     retraction = F.col("event_type") == rules.retraction_type
     latest = F.unix_micros("arrival_time") + rules.max_future_seconds * 1_000_000
     value, time = F.col("value"), F.col("_micros")
+    keys = F.json_object_keys(_without_mark("payload"))
     problems: list[tuple[Column, str, str]] = [
+        (F.col("payload_bytes").isNotNull(), NOT_UTF8, "payload"),
         (~is_event, NOT_JSON, "payload"),
+        (F.size(keys) > F.size(F.array_distinct(keys)), REPEATED_KEY, "payload"),
         *_id_problems("user_id", columns, rules.max_id_length, F.lit(True)),
         (F.col("_user_id") == reserved_user, RESERVED, "user_id"),
         (~F.col("event_type").isin(*rules.types, rules.retraction_type), UNKNOWN, "event_type"),

@@ -19,9 +19,27 @@ _KINDS = {
     "FAILED_READ_FILE": "a file of a source cannot be read",
     "DATA_SOURCE_NOT_FOUND": "Spark lacks the package for a source's format; name it in spark.packages",
 }
+_KINDS |= dict.fromkeys(
+    (
+        "DELTA_SCHEMA_CHANGED",
+        "DELTA_SCHEMA_CHANGED_WITH_VERSION",
+        "DELTA_STREAMING_INCOMPATIBLE_SCHEMA_CHANGE_USE_SCHEMA_LOG",
+        "DELTA_SOURCE_TABLE_IGNORE_CHANGES",
+    ),
+    "the table that stream.path names was rewritten; delete the folder stream.checkpoint and start the stream again, "
+    "no event counts twice",
+)
 _CLASS = re.compile(r"\[([A-Z_]+)[.\]]")
-_KAFKA_PACKAGE = "org.apache.spark:spark-sql-kafka-0-10_2.13:4.2.0"
-_MISSING_KAFKA = "Failed to find data source: kafka"
+# Kafka's errors have no class of Spark's; each has its sentence.
+_KAFKA = {
+    "Failed to find data source: kafka": "Spark lacks the Kafka source; add "
+    "org.apache.spark:spark-sql-kafka-0-10_2.13:4.2.0 to spark.packages",
+    "SaslAuthenticationException": "the Kafka broker refuses the login; check user, password and mechanism in "
+    "stream.options",
+    "UnknownTopicOrPartitionException": "the Kafka broker has no topic of that name; create it or check stream.path",
+    "Timed out waiting for a node assignment": "no Kafka broker answers; check kafka.bootstrap.servers in "
+    "stream.options, and that the broker runs",
+}
 
 
 def sentence_for(error: BaseException) -> str | None:
@@ -34,8 +52,9 @@ def sentence_for(error: BaseException) -> str | None:
         if type(cause).__module__.split(".")[0] not in {"pyspark", "py4j"}:
             continue
         text = str(cause)
-        if _MISSING_KAFKA in text:
-            return f"Spark lacks the Kafka source; add {_KAFKA_PACKAGE} to spark.packages"
+        for sign, sentence in _KAFKA.items():
+            if sign in text:
+                return sentence
         for name in _CLASS.findall(text):
             if meaning := _KINDS.get(name):
                 return f"{meaning}: {_first_line(text)}"

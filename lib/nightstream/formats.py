@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from delta.tables import DeltaTable
 from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -42,6 +43,25 @@ def open_batch(spark: SparkSession, kind: str, path: str) -> DataFrame:
     except Exception as error:
         raise unreadable(error, kind, path, "its path in sources") from error
     return rows
+
+
+def fingerprint(spark: SparkSession, kind: str, path: str) -> str:
+    """A short text that changes when the source does: from names, times and sizes of its files, or from the table's
+    newest version; no file is opened. Raises SourceError for a source that is missing."""
+    try:
+        if kind == "delta":
+            by_name = "/" not in path and "." in path
+            table = DeltaTable.forName(spark, path) if by_name else DeltaTable.forPath(spark, path)
+            row = table.history(1).select("version", "timestamp").first()
+        else:
+            # Without the column `content` it only lists.
+            files = spark.read.format("binaryFile").load(path)
+            each = F.xxhash64("path", "modificationTime", "length")
+            row = files.agg(F.count(F.lit(1)), F.bit_xor(each)).first()
+    except Exception as error:
+        raise unreadable(error, kind, path, "its path in sources") from error
+    assert row is not None
+    return "/".join(str(value) for value in row)
 
 
 def own_columns(rows: DataFrame) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -33,17 +34,25 @@ class KnownUsers:
     """States and attributes of all users in local files, which fill up in the background after `start`. Until they are
     full, or where there are too many users, the tables are asked."""
 
-    def __init__(self, storage: Storage) -> None:
-        self.storage = storage
+    def __init__(self, storage: Storage, snapshot_seconds: float) -> None:
+        """snapshot_seconds: how often at most `look_again` looks."""
+        self.storage, self.snapshot_seconds = storage, snapshot_seconds
         self._folder = TemporaryDirectory(prefix="nightstream-known-", ignore_cleanup_errors=True)
         self._files = 0
         self._states, self._attributes = self._rows(STATES), self._rows(_ATTRIBUTES)
         self._pool = ThreadPoolExecutor(1, "fill")
         self._users_version: int | None = None
+        self._looked_at = time.monotonic()
+        self._filling: Future[None] | None = None
         self._closed = threading.Event()
 
     def start(self) -> Future[None]:
-        """Begin to fill; once all that is committed is merged, and before the next commit."""
+        """Begin to fill, once; when all that is committed is merged, and before the next commit."""
+        if self._filling is None:
+            self._filling = self._begin()
+        return self._filling
+
+    def _begin(self) -> Future[None]:
         self._users_version = self.storage.version(USERS)
         states = self.storage.read(USER_VECTORS)
         if states.count() > MOST_USERS:
@@ -53,6 +62,9 @@ class KnownUsers:
 
     def look_again(self) -> None:
         """Take up attributes that have changed; until they are read anew, the tables are asked."""
+        if time.monotonic() - self._looked_at < self.snapshot_seconds:
+            return
+        self._looked_at = time.monotonic()
         version = self.storage.version(USERS)
         if version != self._users_version:
             self._users_version = version

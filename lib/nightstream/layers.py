@@ -18,13 +18,14 @@ import pyarrow.compute as pc
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from nightstream import catalogue, registry, serving
+from nightstream import registry, serving
 from nightstream.cutting import Cut, cut
 from nightstream.events import live
 from nightstream.following import Follower
 from nightstream.known_ids import KnownIds
 from nightstream.known_users import KnownUsers
 from nightstream.ledger import Recorded, arrive, book
+from nightstream.news import News
 from nightstream.payload import Payload
 from nightstream.refresh import (
     NO_EVENTS,
@@ -36,7 +37,7 @@ from nightstream.refresh import (
 )
 from nightstream.settings import Settings
 from nightstream.storage import Storage
-from nightstream.tables import EVENTS, ITEMS, MODELS, SEEN_OVERFLOW, USER_VECTORS, USERS
+from nightstream.tables import EVENTS, SEEN_OVERFLOW, USER_VECTORS, USERS
 from nightstream.window import FoldRules
 
 log = logging.getLogger(__name__)
@@ -148,22 +149,22 @@ class SpeedLayer:
         self.storage, self.settings = storage, settings
         self._writer_of, self.writer = writer, ""
         self.clock, self.on_batch = clock, on_batch
-        self.payload = self._load()
+        self.news = News(storage, settings)
+        self.payload = self.news.first()
         self.follower = Follower(storage, settings.serving.top_k, settings.serving.merge_attempts, on_merge)
-        self.known_users = KnownUsers(storage)
+        self.known_users = KnownUsers(storage, settings.stream.snapshot_seconds)
         self._pool = ThreadPoolExecutor(1, "ask")
         self._known_ids: KnownIds | None = None
         self._some_behind = True
-        self._seen_commits: tuple[int | None, int | None] | None = None
-        self._looked_at = time.monotonic()
 
     def start(self) -> None:
-        """Merge what an earlier process committed and did not merge; before the first micro-batch.
+        """Merge what an earlier process committed and did not merge; before the first micro-batch of each query.
 
         Another model may have been published, and applied, while the lease was waited for.
         """
+        self.writer = ""
         if registry.published(self.storage).model_version != self.payload.model_version:
-            self.payload = self._load()
+            self.payload = self.news.first()
         serving.merge_tail(self.storage, self.follower.width, self.settings.serving.merge_attempts)
         self.known_users.start()
         self.payload.load()
@@ -179,7 +180,10 @@ class SpeedLayer:
         first = not self.writer
         if first:
             self.writer = self._writer_of()
-        self._look_for_news()
+        newer = self.news.newer(self.payload)
+        if newer is not None:
+            self.payload, self._some_behind = newer, True
+        self.known_users.look_again()
         arriving = arrive(arrived, settings, micro_batch=True)
         ahead = self._ask_ahead(arriving)
         # Spark repeats a micro-batch only as the first one after a start.
@@ -251,7 +255,7 @@ class SpeedLayer:
         return Asked(users, self._pool.submit(self.known_users.of, users, pending, room))
 
     def _refresh(self, recorded: Recorded, ahead: Asked | None) -> Cut:
-        """Refresh the users of the micro-batch, and some of those that are still under an older model."""
+        """Refresh the users of the micro-batch, and some of those that are behind."""
         behind = self._behind()
         events = recorded.accepted_table
         on_driver = events is not None or recorded.accepted is None
@@ -307,7 +311,8 @@ class SpeedLayer:
         return refresh(known, events, users, overflow, refresher(self.settings, self.payload))
 
     def _behind(self) -> Cut | None:
-        """Some user_id whose newest row is under another model than the one that serves; None when nobody's is."""
+        """Some user_id whose newest row is under another model than the one that serves, or whose newest list holds a
+        withdrawn item; None when there is nobody."""
         if not self._some_behind:
             return None
         pending = self.follower.pending()
@@ -318,37 +323,13 @@ class SpeedLayer:
             newer = serving.newest_committed(self.storage, pending)
             known = serving.newest([table.select(*columns), newer.select(*columns)])
         found = known.where(F.col("model_version") != self.payload.model_version).select("user_id")
+        withdrawn = self.payload.load().withdrawn()
+        if withdrawn.num_rows:
+            items = self.storage.spark.createDataFrame(withdrawn)
+            found = found.unionByName(serving.holders(self.storage, pending, items)).distinct()
         some = cut(found.limit(self.settings.stream.handover_slice), {"users": F.count("user_id")})
         self._some_behind = bool(some.totals["users"])
         return some if self._some_behind else None
-
-    def _load(self) -> Payload:
-        row = registry.published(self.storage)
-        return catalogue.load_payload(self.storage, row.model_version)
-
-    def _look_for_news(self) -> None:
-        """Take up a newly published model and new descriptions, every few seconds at most."""
-        if time.monotonic() - self._looked_at < self.settings.stream.snapshot_seconds:
-            return
-        self._looked_at = time.monotonic()
-        storage = self.storage
-        self.known_users.look_again()
-        commits = (storage.version(MODELS), storage.version(ITEMS))
-        if commits == self._seen_commits:
-            return
-        version = registry.published(storage).model_version
-        payload = self.payload if version == self.payload.model_version else catalogue.load_payload(storage, version)
-        catalogue.embed_missing(storage, storage.read_or_empty(ITEMS), payload)
-        newest = catalogue.load_payload(storage, version, payload.files)
-        if (newest.model_version, newest.catalogue_version) != (
-            self.payload.model_version,
-            self.payload.catalogue_version,
-        ):
-            self._some_behind |= newest.model_version != self.payload.model_version
-            log.info("new snapshot", extra={"model": newest.model_version, "catalogue": newest.catalogue_version})
-            self.payload = newest
-        # What was committed while this ran is looked at next time.
-        self._seen_commits = commits
 
 
 def _seconds(since: datetime | None, now: datetime) -> float | None:

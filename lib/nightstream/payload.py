@@ -68,6 +68,10 @@ class Loaded:
         catalogue, item_ids = decode_catalogue(payload.catalogue)
         return cls(Model.from_artifacts(files), statistics, catalogue, item_ids)
 
+    def withdrawn(self) -> pa.Table:
+        """item_id of the items that are not to be recommended."""
+        return pa.table({"item_id": self.item_ids.filter(pa.array(~self.catalogue.available))})
+
 
 def encode_catalogue(table: pa.Table) -> bytes:
     """Arrow table (item_id, title, available, vector list<float>) -> Arrow IPC stream, rows in ascending item_id."""

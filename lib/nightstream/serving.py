@@ -146,6 +146,19 @@ def newest_committed(storage: Storage, commits: Sequence[Cut]) -> DataFrame:
     return newest([each.rows for each in commits])
 
 
+def holders(storage: Storage, commits: Sequence[Cut], items: DataFrame) -> DataFrame:
+    """user_id of those whose newest list holds one of the items (column item_id), repetitions included.
+
+    commits: those that RECOMMENDATIONS may lack, from before it is read.
+    """
+    lists = storage.read(RECOMMENDATIONS).select("user_id", "item_id")
+    if commits:
+        newer = newest_committed(storage, commits)
+        others = lists.join(F.broadcast(newer.select("user_id")), "user_id", "left_anti")
+        lists = others.unionByName(newer.select("user_id", F.explode("items.item_id").alias("item_id")))
+    return lists.join(F.broadcast(items), "item_id", "left_semi").select("user_id")
+
+
 def list_width(storage: Storage, top_k: int) -> int:
     """How many ranks a MERGE must write so that no longer list of an older setting keeps its end: at least top_k."""
     if not storage.exists(RECOMMENDATIONS):

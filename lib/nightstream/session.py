@@ -72,6 +72,11 @@ def _common(settings: SparkSettings) -> dict[str, str]:
         # Small tables and short micro-batches: the fixed cost of each stage is what counts.
         "spark.databricks.delta.snapshotPartitions": "1",
         "spark.databricks.delta.merge.materializeSource": "none",
+        # A Delta source that drops or widens a column changes the payloads, and those are validated one by one.
+        "spark.databricks.delta.streaming.allowSourceColumnRenameAndDrop": "always",
+        "spark.databricks.delta.streaming.allowSourceColumnTypeChange": "always",
+        # Options of a source in plans and errors: the login of Kafka is in one whose name says nothing of a password.
+        "spark.sql.redaction.options.regex": "(?i)url|secret|password|token|key|jaas",
         "spark.sql.execution.arrow.pyspark.enabled": "true",
         "spark.sql.execution.arrow.maxRecordsPerBatch": "2048",
     }

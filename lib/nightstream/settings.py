@@ -5,19 +5,19 @@ The values live in conf/base.yaml alone; the classes here give the types and the
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from nightstream import references
 from nightstream.errors import SettingsError
 
 EVENT_COLUMNS = ("event_id", "user_id", "item_id", "event_type", "event_time", "value", "retracts")
-_SECRET = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
+# Nothing that was given there is shown in a message: it may be a secret.
+_CONFIDENTIAL = ("stream", "options")
 
 
 class Section(BaseModel):
@@ -131,12 +131,23 @@ class StreamSettings(Section):
     handover_slice: int = Field(ge=0, le=1_000_000)
     metrics_seconds: float = Field(ge=1, le=3600)
 
+    @field_validator("options")
+    @classmethod
+    def _no_literal_secrets(cls, options: dict[str, str]) -> dict[str, str]:
+        literal = references.literal_secrets(options)
+        if literal:
+            raise ValueError(
+                f"{', '.join(literal)} holds a secret in plain text; "
+                "write ${env:NAME} or, on Databricks, ${secret:scope/key} in its place"
+            )
+        return options
+
     def resolved_options(self) -> dict[str, str]:
-        """The source options with every ${env:NAME} replaced. Raises SettingsError for a variable that is not set."""
-        missing = sorted({n for v in self.options.values() for n in _SECRET.findall(v) if n not in os.environ})
-        if missing:
-            raise SettingsError([f"stream.options: set the environment variable {n}" for n in missing])
-        return {k: _SECRET.sub(lambda m: os.environ[m[1]], v) for k, v in self.options.items()}
+        """The source options with every reference replaced by its secret. Raises SettingsError for one without."""
+        found, problems = references.resolve(self.options)
+        if problems:
+            raise SettingsError([f"stream.options: {p}" for p in problems])
+        return found
 
 
 class WindowSettings(Section):
@@ -230,7 +241,7 @@ def load(files: Sequence[str | Path], overrides: Iterable[str] = ()) -> Settings
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
-            problems.append(f"--set {override}: the value is not valid YAML, put it in quotes")
+            problems.append(f"--set {key}: the value is not valid YAML, put it in quotes")
             continue
         _assign(merged, key.strip().split("."), value)
     if problems:
@@ -313,5 +324,6 @@ def _sentence(error: Any) -> str:
     if error["type"] == "missing":
         return f"{key} is missing"
     message = error["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(error["input"], dict) else f" (given: {error['input']!r})"
+    hidden = isinstance(error["input"], dict) or error["loc"][:2] == _CONFIDENTIAL
+    given = "" if hidden else f" (given: {error['input']!r})"
     return f"{key}: {message[0].lower()}{message[1:]}{given}"

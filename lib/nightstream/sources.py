@@ -63,7 +63,8 @@ def stream_events(spark: SparkSession, settings: StreamSettings) -> DataFrame:
     """The payloads of the streaming source, as an unbounded frame of (payload, source, position, arrival_time).
 
     Each micro-batch reads at most `max_per_trigger` files (jsonl, delta) or offsets (kafka). arrival_time is the file's
-    modification time or Kafka's timestamp; position is the file or topic/partition/offset. Delta Lake outside of
+    modification time or Kafka's timestamp; position is the file or topic/partition/offset. Kafka's messages also have
+    `headers`, where mirrors and connectors note the position in their own source. Delta Lake outside of
     Databricks tells no modification time in a stream: arrival_time is null there, and no event is too far in the
     future. A local folder of JSON lines that is not there yet is created, so that a stream can wait for its first file.
     Files must appear whole (write them elsewhere, then rename).
@@ -74,7 +75,8 @@ def stream_events(spark: SparkSession, settings: StreamSettings) -> DataFrame:
     try:
         if settings.format == "kafka":
             limits = {"subscribe": settings.path, "maxOffsetsPerTrigger": str(settings.max_per_trigger)}
-            return _kafka(reader.format("kafka").options(**{**limits, **options}).load(), settings.path)
+            options = {**limits, **options, "includeHeaders": "true"}
+            return kafka_payloads(reader.format("kafka").options(**options).load(), settings.path)
         limits = {"maxFilesPerTrigger": str(settings.max_per_trigger)}
         if settings.format == "jsonl":
             _make_folder(settings.path)
@@ -83,6 +85,8 @@ def stream_events(spark: SparkSession, settings: StreamSettings) -> DataFrame:
             lines = reader.format("text").options(**{**limits, **options}).load(settings.path)
             rows = lines.where(F.trim("value") != "")
         else:
+            # With a log of the table's schemas a query that is started anew goes on after columns came or went.
+            limits["schemaTrackingLocation"] = f"{_absolute(settings.checkpoint)}/_delta_schema"
             rows = load(reader.format("delta").options(**{**limits, **options}), settings.path)
             return _payloads(_with_file(rows), settings.format, settings.path)
         rows = rows.withColumns(origin(F.col("_metadata.file_path")))
@@ -136,15 +140,29 @@ def _with_file(rows: DataFrame) -> DataFrame:
     return known
 
 
-def _kafka(messages: DataFrame, topic: str) -> DataFrame:
+def kafka_payloads(messages: DataFrame, topic: str) -> DataFrame:
+    """The payload rows, with headers, of the messages that Spark's Kafka source gives with includeHeaders."""
     # Messages of the oldest format have no timestamp: Kafka says -1 ms.
     known = F.when(F.col("timestamp") >= F.timestamp_seconds(F.lit(0)), F.col("timestamp"))
+    # A key may occur several times, so they are no map; bytes that are not UTF-8 become U+FFFD.
+    headers = F.transform(
+        "headers",
+        lambda h: F.struct(
+            F.make_valid_utf8(h["key"]).alias("key"), F.make_valid_utf8(h["value"].cast("string")).alias("value")
+        ),
+    )
     return messages.select(
         F.col("value").cast("string").alias("payload"),
+        headers.alias("headers"),
         F.lit(f"kafka:{topic}").alias("source"),
         F.concat_ws("/", "topic", F.col("partition").cast("string"), F.col("offset").cast("string")).alias("position"),
         known.alias("arrival_time"),
     )
+
+
+def _absolute(folder: str) -> str:
+    """Delta compares it with the checkpoint's full path."""
+    return folder.rstrip("/") if ":" in folder else str(Path(folder).absolute())
 
 
 def local_folder(path: str) -> Path | None:

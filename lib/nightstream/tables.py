@@ -24,6 +24,8 @@ VECTOR = T.ArrayType(T.FloatType(), containsNull=False)
 CATEGORIES = T.MapType(STRING, T.ArrayType(STRING))
 NUMBERS = T.MapType(STRING, DOUBLE)
 
+HEADERS = T.ArrayType(_struct(key=STRING, value=STRING))
+
 # One event inside a window. event_time and event_id lead because structs compare field by field:
 # the order of a window is (event_time, event_id).
 WINDOW_EVENT = _struct(
@@ -72,8 +74,16 @@ class TableSpec:
 
 RAW_EVENTS = TableSpec(
     "raw_events",
-    "one payload as it arrived",
-    _struct(raw_id=STRING, payload=STRING, source=STRING, position=STRING, arrival_time=TIME),
+    "one payload as it arrived: payload_bytes where it is not UTF-8, headers where it is a message that has some",
+    _struct(
+        raw_id=STRING,
+        payload=STRING,
+        payload_bytes=BINARY,
+        headers=HEADERS,
+        source=STRING,
+        position=STRING,
+        arrival_time=TIME,
+    ),
     ("raw_id",),
 )
 EVENTS = TableSpec(
@@ -119,8 +129,8 @@ USERS = TableSpec(
 )
 ITEM_EMBEDDINGS = TableSpec(
     "item_embeddings",
-    "one item under one model version: its vector",
-    _struct(model_version=STRING, item_id=STRING, vector=VECTOR, from_content=BOOL),
+    "one item under one model version: its vector, and the hash of the content that it was made from",
+    _struct(model_version=STRING, item_id=STRING, vector=VECTOR, from_content=BOOL, content_hash=STRING),
     ("model_version", "item_id"),
 )
 _STATE = {

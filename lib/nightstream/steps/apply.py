@@ -34,8 +34,8 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, A
             serving.merge_tail(storage, serving.list_width(storage, serving_settings.top_k), attempts)
             version = registry.published(storage).model_version
             payload = catalogue.load_payload(storage, version)
-            # A model that goes on serving, or serves again, has not met the items that are newer than it.
-            if catalogue.embed_missing(storage, storage.read_or_empty(ITEMS), payload):
+            # A model that goes on serving, or serves again, has not met what is newer than it among the items.
+            if catalogue.embed_changed(storage, storage.read_or_empty(ITEMS), payload, attempts):
                 payload = catalogue.load_payload(storage, version, payload.files)
             writer = f"nightly {as_of:%Y%m%dT%H%M%S} {version}"
             users = layers.apply_all(storage, settings, payload, writer, 0, layers.utc_now())

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import SparkSession
 
-from nightstream import attributes, formats, ledger, sources
+from nightstream import attributes, descriptions, formats, ledger, sources
 from nightstream.errors import WriterBusyError
 from nightstream.lease import Lease, this_process
 from nightstream.settings import Settings
 from nightstream.storage import Storage
-from nightstream.tables import ITEMS, USERS, TableSpec
+from nightstream.tables import ITEMS, USERS
 
 log = logging.getLogger(__name__)
 KIND = "ingest"
@@ -45,7 +45,7 @@ def run(spark: SparkSession, settings: Settings, beside_stream: bool = False) ->
     described: dict[str, Any] = {}
     for name, spec, found in (("items", ITEMS, items), ("users", USERS, users)):
         if found is not None:
-            _merge(storage, spec, found.rows, settings.serving.merge_attempts)
+            descriptions.merge(storage, spec, found.rows, settings.serving.merge_attempts)
         described[name] = {
             "rows": storage.read(spec).count(),
             "left_out": {} if found is None else found.left_out,
@@ -61,16 +61,3 @@ def run(spark: SparkSession, settings: Settings, beside_stream: bool = False) ->
             raise
         log.warning("the events of %s are left for a later night: %s", settings.sources.events.path, busy)
         return {"left_to": str(busy), **described}
-
-
-def _merge(storage: Storage, spec: TableSpec, rows: DataFrame, attempts: int) -> None:
-    (key,) = spec.keys
-    # Maps cannot be compared, their JSON can: rows that did not change are not written again.
-    columns = ", ".join(f"old.{c} AS {c}" for c in spec.schema.names)
-    changed = f"to_json(struct({columns})) <> to_json(struct({columns.replace('old.', 'new.')}))"
-
-    def run() -> None:
-        merge = storage.table(spec).alias("old").merge(rows.alias("new"), f"old.{key} = new.{key}")
-        merge.whenMatchedUpdateAll(condition=changed).whenNotMatchedInsertAll().execute()
-
-    storage.with_retries(run, attempts, spec.name)

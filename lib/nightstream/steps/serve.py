@@ -10,6 +10,8 @@ from contextlib import closing
 from typing import Any
 
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql.streaming.query import StreamingQuery
+from pyspark.sql.streaming.readwriter import DataStreamWriter
 
 from nightstream import sources
 from nightstream.errors import NightstreamError, TableError, WriterBusyError
@@ -25,6 +27,8 @@ log = logging.getLogger(__name__)
 KIND = "stream"
 QUERY = "nightstream"
 POLL_SECONDS = 1
+# Delta may need several starts to take up one change.
+MOST_VAIN_STARTS = 3
 
 
 def run(
@@ -71,27 +75,49 @@ def run(
             lease.check()
             layer(arrived, batch_id)
 
-    arrived = parsed(sources.stream_events(spark, settings.stream), settings)
-    writer = arrived.writeStream.foreachBatch(micro_batch).option("checkpointLocation", checkpoint)
-    if until_idle:
-        writer = writer.trigger(availableNow=True)
-    elif settings.stream.trigger_seconds > 0:
-        writer = writer.trigger(processingTime=f"{settings.stream.trigger_seconds} seconds")
-    with lease, monitor, closing(layer):
-        layer.start()
-        make_view(storage, settings)
-        query = writer.queryName(QUERY).start()
-        on_start()
+    def writer() -> DataStreamWriter:
+        arrived = parsed(sources.stream_events(spark, settings.stream), settings)
+        writer = arrived.writeStream.foreachBatch(micro_batch).option("checkpointLocation", checkpoint)
+        if until_idle:
+            writer = writer.trigger(availableNow=True)
+        elif settings.stream.trigger_seconds > 0:
+            writer = writer.trigger(processingTime=f"{settings.stream.trigger_seconds} seconds")
+        return writer.queryName(QUERY)
+
+    def run_out(query: StreamingQuery) -> None:
+        """Wait until the query is to end, and end it. Raises what it has met."""
         try:
             while not query.awaitTermination(POLL_SECONDS):
                 if stop() or (max_batches is not None and counts["batches"] >= max_batches):
-                    break
-        except Exception as error:
-            raise _ours(error) from error
+                    return
         finally:
             with running:
                 stopped.set()
             query.stop()
+
+    first = writer()
+    with lease, monitor, closing(layer):
+        layer.start()
+        make_view(storage, settings)
+        query = first.start()
+        on_start()
+        vain_starts, batches = 0, 0
+        while True:
+            try:
+                run_out(query)
+                break
+            except Exception as error:
+                vain_starts = vain_starts + 1 if counts["batches"] == batches else 1
+                if not _has_new_columns(error) or vain_starts > MOST_VAIN_STARTS:
+                    raise _ours(error) from error
+            log.warning(
+                "the columns of the source have changed: reading them anew", extra={"path": settings.stream.path}
+            )
+            batches = counts["batches"]
+            layer.settle()
+            layer.start()
+            stopped.clear()
+            query = writer().start()
         layer.settle()
     return {**counts, **monitor.summary()}
 
@@ -106,6 +132,11 @@ def writer_of(spark: SparkSession, checkpoint: str) -> str:
     if row is None:
         raise TableError(f"the checkpoint {checkpoint} has no metadata; delete it to start over")
     return f"stream {json.loads(row[0])['id']}"
+
+
+def _has_new_columns(error: Exception) -> bool:
+    """Whether a Delta source stopped the query because its schema has changed; a query started anew goes on."""
+    return any(name in str(error) for name in ("DELTA_SCHEMA_CHANGED", "DELTA_STREAMING_METADATA_EVOLUTION"))
 
 
 def _ours(error: Exception) -> Exception:

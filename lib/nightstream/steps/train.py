@@ -41,7 +41,13 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, A
     kept = gate.artifacts(fitted.before_refit, *splits.held_out_after(roles))
     registry.save_artifacts(storage, version, fitted.files | kept)
     payload = Payload(version, "", fitted.files, catalogue.NO_ITEMS)
-    storage.overwrite(ITEM_EMBEDDINGS, catalogue.embed(items, payload), where=f"model_version = '{version}'")
+    embedded = catalogue.embed(items, payload)
+    # A running stream may replace the embeddings of updated items at the same time.
+    storage.with_retries(
+        lambda: storage.overwrite(ITEM_EMBEDDINGS, embedded, where=f"model_version = '{version}'"),
+        settings.serving.merge_attempts,
+        ITEM_EMBEDDINGS.name,
+    )
     measurements.write(storage, fitted.metrics, version, as_of, {})
     registry.record(
         storage, version, registry.TRAINED, as_of, settings.model_dump(mode="json"), fitted.metrics, fitted.history

@@ -1,0 +1,58 @@
+"""Whatever arrives gets a verdict: malformed payloads go to quarantine, each with its reason, and stop nothing."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+
+import poison
+import pytest
+from nightstream.ledger import check, parsed
+from nightstream.steps import serve
+from nightstream.tables import EVENTS, QUARANTINE, RAW_EVENTS
+from pyspark.sql import functions as F
+
+ARRIVAL = datetime(2024, 6, 1, tzinfo=UTC)
+SHAPE = "number int, payload binary, source string, position string, arrival_time timestamp"
+
+
+def test_each_malformed_payload_gets_its_reason(spark, settings):
+    made = poison.payloads(300, seed=1, huge=30_000)
+    rows = [(n, bytearray(p.payload), "test", f"{n}", ARRIVAL) for n, p in enumerate(made)]
+    arrived = spark.createDataFrame(rows, SHAPE).withColumn("payload", F.col("payload").cast("string"))
+    found = {r.number: r.reason for r in parsed(arrived, settings).select("number", "reason").collect()}
+    wrong = {n: (p.payload[:120], p.reason, found[n]) for n, p in enumerate(made) if found[n] != p.reason}
+    assert not wrong
+    assert len({p.reason for p in made}) == 11
+
+
+@pytest.mark.slow
+def test_ten_thousand_malformed_payloads_end_in_quarantine_and_never_stop_the_stream(spark, night):
+    storage, settings = night("poison")
+    before = check(storage)
+    made = poison.payloads(10_000, seed=2)
+    folder = Path(settings.stream.path)
+    folder.mkdir(parents=True)
+    for number in range(20):
+        lines = [p.payload for p in made[number * 500 : (number + 1) * 500]]
+        (folder / f".{number}").write_bytes(b"\n".join(lines) + b"\n")
+        os.replace(folder / f".{number}", folder / f"{number:02}.jsonl")
+    told = serve.run(spark, settings, until_idle=True)
+    assert told["batches"] >= 3
+    after = check(storage)
+    reasons = Counter(p.reason for p in made)
+    valid = reasons.pop(None)
+    added = {name: after[name] - before[name] for name in after}
+    assert added == {"raw_events": 10_000, "events": valid, "quarantine": 10_000 - valid, "duplicates": 0}
+    grouped = storage.read(QUARANTINE).groupBy("reason").count().collect()
+    assert {r.reason: r["count"] for r in grouped} == reasons
+    raw = storage.read(RAW_EVENTS).where("source LIKE '%stream'")
+    # As they came: the broken ones byte for byte, the others as text.
+    sizes = raw.select(F.coalesce(F.length("payload_bytes"), F.octet_length("payload")).alias("bytes"), "payload_bytes")
+    assert sizes.where("payload_bytes IS NOT NULL").count() == reasons["not_utf8"]
+    assert sizes.agg(F.sum("bytes")).first()[0] == sum(len(p.payload) for p in made)
+    assert {r.event_id for r in storage.read(EVENTS).where("event_id LIKE 'p%'").collect()} == {
+        f"p{n}" for n, p in enumerate(made) if p.reason is None
+    }
