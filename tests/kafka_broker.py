@@ -70,6 +70,7 @@ controller.quorum.voters=1@127.0.0.1:{controller}
 listeners={listeners}
 advertised.listeners={advertised}
 controller.listener.names=CONTROLLER
+listener.security.protocol.map=CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT,SASL_PLAINTEXT:SASL_PLAINTEXT
 log.dirs={folder / "log"}
 num.partitions={PARTITIONS}
 offsets.topic.replication.factor=1

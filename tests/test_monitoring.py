@@ -176,6 +176,24 @@ def test_nothing_is_written_while_the_stream_waits_and_the_rest_at_the_end(watch
     assert len(watched.lines()) == 1
 
 
+def test_a_stream_that_stands_still_is_behind(watched, settings, tmp_path):
+    watched.monitor.stream = settings.stream
+    folder = tmp_path / "stream"
+    folder.mkdir()
+    with watched.monitor as monitor:
+        monitor.on_batch(report(0))
+        of_folder = progress(0)
+        of_folder.sources[0].update(endOffset='{"logOffset":0}', latestOffset="null")
+        monitor.on_progress(of_folder)
+        monitor.write()
+        (folder / "arrived.jsonl").write_text("{}")
+        monitor.write()
+        (folder / "arrived.jsonl").unlink()
+        monitor.write()
+    assert [row[0]["stream_backlog_files"] for row in watched.written] == [0, 1]
+    assert "stream_batches" not in watched.written[1][0]
+
+
 def test_other_queries_of_the_session_do_not_count(watched):
     with watched.monitor:
         watched.streams.started()

@@ -45,7 +45,8 @@ class Monitor:
     """What a stream measures of itself.
 
     A `with` block around the query listens to it, appends to `metrics` every stream.metrics_seconds in which something
-    happened, and at the end the rest. clock: the wall clock. query_name: of the query that is listened to.
+    happened or the stream is behind, and at the end the rest. clock: the wall clock. query_name: of the query that is
+    listened to.
     """
 
     def __init__(
@@ -119,12 +120,13 @@ class Monitor:
                 conflicts, self._conflicts = self._conflicts, self.storage.conflicts
                 newest, end_offset = self._newest, self._end_offset
                 interval.add(sums={"conflicts_retried": self._conflicts - conflicts})
-            if not any(interval.sums.values()):
-                return
             if end_offset and not any(name.startswith("backlog_") for name in interval.peaks):
                 with self._harmless("looking for the backlog"):
                     arrived = None if newest is None else newest.last_arrival
                     interval.add(peaks=backlog.probed(self.storage.spark, self.stream, end_offset, arrived))
+            # A micro-batch that runs on and on brings nothing but a backlog.
+            if not any(interval.sums.values()) and not any(interval.peaks.values()):
+                return
             values = {f"{PREFIX}{name}": value for name, value in interval.values(now).items()}
             labels = {"interval_s": f"{(now - interval.begun).total_seconds():.0f}"}
             log.info("stream measured", extra={**values, **labels})
