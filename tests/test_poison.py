@@ -10,6 +10,7 @@ from pathlib import Path
 import poison
 import pytest
 from nightstream.ledger import check, parsed
+from nightstream.settings import validate
 from nightstream.steps import serve
 from nightstream.tables import EVENTS, QUARANTINE, RAW_EVENTS
 from pyspark.sql import functions as F
@@ -31,6 +32,9 @@ def test_each_malformed_payload_gets_its_reason(spark, settings):
 @pytest.mark.slow
 def test_ten_thousand_malformed_payloads_end_in_quarantine_and_never_stop_the_stream(spark, night):
     storage, settings = night("poison")
+    document = settings.model_dump(mode="json")
+    document["sources"]["events"]["time_unit"] = "auto"
+    settings = validate(document)
     before = check(storage)
     made = poison.payloads(10_000, seed=2)
     folder = Path(settings.stream.path)

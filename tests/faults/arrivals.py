@@ -39,7 +39,7 @@ class Arrivals:
             rows += [self._repeated(), self.rng.choice(MALFORMED)]
         if whole or self.rng.random() < 0.1:
             rows += [self._changed(), self._changed(), self._taken_back()]
-        self.sent += [r for r in rows if isinstance(r, dict) and "event_id" in r]
+        self.sent += [r for r in rows if isinstance(r, dict) and r.get("event_type") == "view"]
         self.rng.shuffle(rows)
         world.drop(self.folder, f"f{self.files:05}", rows)
         self.files += 1
@@ -59,6 +59,7 @@ class Arrivals:
             "event_id": f"live{len(self.sent)}-{self.rng.randrange(10**9)}",
             "user_id": f"u{self.rng.randrange(self.users):03}",
             "item_id": f"i{self.rng.randrange(self.items):02}",
+            "event_type": "view",
             "event_time": int(when),
             **told,
         }
@@ -70,8 +71,12 @@ class Arrivals:
         return self._known()
 
     def _changed(self) -> dict[str, Any]:
-        """Another event under a known id, mostly a later one, which takes its place."""
-        return self._event(event_id=self._known()["event_id"], event_time=int(time.time()) - self.rng.randrange(60))
+        """Another event of the same user under a known id, mostly a later one, which takes its place. (Were it another
+        user's, the former user would stay known to a stream that had met the first one, and only to that.)"""
+        known = self._known()
+        return self._event(
+            event_id=known["event_id"], user_id=known["user_id"], event_time=int(time.time()) - self.rng.randrange(60)
+        )
 
     def _taken_back(self) -> dict[str, Any]:
         return self._event(event_type="retract", item_id=None, retracts=self._known()["event_id"])
