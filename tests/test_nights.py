@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from nightstream import registry
-from nightstream.steps import apply, train
-from nightstream.tables import ITEM_EMBEDDINGS, MODEL_ARTIFACTS, MODELS, USER_VECTORS
-from states import assert_merged
+import world
+from nightstream import layers, registry
+from nightstream.settings import validate
+from nightstream.steps import apply, ingest, train
+from nightstream.tables import ITEM_EMBEDDINGS, MODEL_ARTIFACTS, MODELS, UNFOLDED, USER_VECTORS
+from states import assert_merged, assert_same, recomputed
 
 SAME_NIGHT = datetime(2024, 1, 1, tzinfo=UTC)
 
@@ -27,3 +29,28 @@ def test_applied_again_it_commits_what_it_merges(spark, night):
     apply.run(spark, settings, SAME_NIGHT)
     assert {r.revision for r in storage.read(USER_VECTORS).collect()} == {2}
     assert_merged(storage)
+
+
+def test_a_stream_that_starts_before_a_night_has_applied_folds_in_what_that_recorded(spark, night, tmp_path):
+    """The night died, or trains still, after its ingest: the stream has the lease from now on."""
+    storage, settings = night("ingested")
+    later = [
+        {"event_id": f"late{n}", "user_id": user, "item_id": f"i{n:02}", "event_time": world.START + 10**6 + n}
+        for n, user in enumerate(["u003", "brand new", "u003"])
+    ]
+    source = world.write_lines(tmp_path / "more.jsonl", [*world.events(), *later])
+    document = settings.model_dump(mode="json")
+    document["sources"]["events"]["path"] = str(source)
+    own = validate(document)
+    assert ingest.run(spark, own)["added"]["events"] == 3
+    layer = layers.SpeedLayer(storage, own, lambda: "a stream", layers.utc_now)
+    layer.start()
+    layer.close()
+    windows = {r.user_id: (r.revision, [e.event_id for e in r.window]) for r in storage.read(USER_VECTORS).collect()}
+    assert windows["u003"][1][-2:] == ["late0", "late2"]
+    assert windows["brand new"] == (1, ["late1"])
+    # Nobody else was refreshed, and the next start has nothing to do.
+    assert {user for user, (revision, _) in windows.items() if revision == 2} == {"u003"}
+    assert storage.read(UNFOLDED).isEmpty()
+    assert_merged(storage)
+    assert_same(storage, recomputed(storage, own, tmp_path / "again"))

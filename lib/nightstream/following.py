@@ -93,12 +93,12 @@ class Follower:
             try:
                 rows = serving.newest_committed(self.storage, taken)
                 serving.merge(self.storage, rows, self.width, self.attempts)
+                took = time.monotonic() - begun
+                self.on_merge(took, len(taken))
             except Exception as error:
                 with self._changed:
                     self._error = error
             else:
-                took = time.monotonic() - begun
-                self.on_merge(took, len(taken))
                 with self._changed:
                     del self._pending[: len(taken)]
                     self._changed.notify_all()

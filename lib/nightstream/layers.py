@@ -22,6 +22,7 @@ from nightstream import registry, serving
 from nightstream.cutting import Cut, cut
 from nightstream.events import live
 from nightstream.following import Follower
+from nightstream.freshness import freshness
 from nightstream.known_ids import KnownIds
 from nightstream.known_users import KnownUsers
 from nightstream.ledger import Recorded, arrive, book
@@ -37,7 +38,7 @@ from nightstream.refresh import (
 )
 from nightstream.settings import Settings
 from nightstream.storage import Storage
-from nightstream.tables import EVENTS, SEEN_OVERFLOW, USER_VECTORS, USERS
+from nightstream.tables import EVENTS, SEEN_OVERFLOW, UNFOLDED, USER_VECTORS, USERS
 from nightstream.window import FoldRules
 
 log = logging.getLogger(__name__)
@@ -67,19 +68,43 @@ def everyone(storage: Storage, settings: Settings) -> DataFrame:
     return unfolded(revisions)
 
 
-def apply_all(storage: Storage, settings: Settings, payload: Payload, writer: str, batch_id: int, now: datetime) -> int:
-    """Refresh every known user over the whole history under one model and merge; returns the number of users."""
+def apply_all(
+    storage: Storage,
+    settings: Settings,
+    payload: Payload,
+    writer: str,
+    batch_id: int,
+    now: datetime,
+    only: DataFrame | None = None,
+) -> int:
+    """Refresh every known user over the whole history under one model and merge; returns the number of users.
+
+    only: user_id of those to refresh, distinct; None for everyone.
+    """
     events = live(storage.read(EVENTS), settings.events.retraction_type)
-    states = everyone(storage, settings)
-    users = storage.read_or_empty(USERS)
+    states, users = everyone(storage, settings), storage.read_or_empty(USERS)
+    if only is not None:
+        # Users that are in `events` alone have no state yet: the fold makes one.
+        states, events, users = (rows.join(only, "user_id", "left_semi") for rows in (states, events, users))
     # No SEEN_OVERFLOW: the history has all that overflows, and only what has not been taken back.
     refreshed = serving.settled(refresh(states, events, users, None, refresher(settings, payload)), limit=0)
     # Never a repetition: run again, it refreshes from newer states, and what is merged must stand in `refreshes`.
-    everybody = refreshed.rows.select("user_id")
-    commit = serving.commit(storage, refreshed, writer, batch_id, now, fresh=True, refolded=everybody)
+    refolded = refreshed.rows.select("user_id")
+    commit = serving.commit(storage, refreshed, writer, batch_id, now, fresh=True, refolded=refolded)
     width = serving.list_width(storage, settings.serving.top_k)
     serving.merge(storage, commit.rows, width, settings.serving.merge_attempts)
     return refreshed.totals["users"] or 0
+
+
+def mark_unfolded(storage: Storage, source: str) -> None:
+    """Note that events are being recorded which no window has: whoever holds the lease next folds them in."""
+    storage.append(UNFOLDED, storage.spark.createDataFrame([(source, utc_now())], UNFOLDED.schema))
+
+
+def unmark_unfolded(storage: Storage) -> None:
+    """All recorded events are in the windows."""
+    if not storage.read_or_empty(UNFOLDED).isEmpty():
+        storage.overwrite(UNFOLDED, storage.read(UNFOLDED).limit(0))
 
 
 @dataclass(frozen=True)
@@ -166,6 +191,7 @@ class SpeedLayer:
         if registry.published(self.storage).model_version != self.payload.model_version:
             self.payload = self.news.first()
         serving.merge_tail(self.storage, self.follower.width, self.settings.serving.merge_attempts)
+        self._fold_in()
         self.known_users.start()
         self.payload.load()
         self._known_ids = KnownIds.of(self.storage.read_or_empty(EVENTS))
@@ -232,6 +258,17 @@ class SpeedLayer:
                 model_version=self.payload.model_version,
             )
         )
+
+    def _fold_in(self) -> None:
+        """Fold in what an ingest has recorded and no night has applied since."""
+        storage, settings, now = self.storage, self.settings, self.clock()
+        if storage.read_or_empty(UNFOLDED).isEmpty():
+            return
+        stale = freshness(storage, settings).where("stale").select("user_id")
+        writer = f"start of a stream {now:%Y%m%dT%H%M%S.%f}"
+        users = apply_all(storage, settings, self.payload, writer, 0, now, only=stale)
+        unmark_unfolded(storage)
+        log.info("folded in what a night had recorded and not applied", extra={"users": users})
 
     def settle(self) -> None:
         """Wait until all that is committed is merged. Raises what the MERGEs have met; the next start merges then."""

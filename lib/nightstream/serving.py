@@ -118,9 +118,9 @@ def merge_tail(storage: Storage, width: int, attempts: int) -> None:
     Both tables follow `refreshes` in order, so whatever one of them misses is not older than its newest row, but for
     the skew of the writers' clocks.
     """
+    storage.create(USER_VECTORS, RECOMMENDATIONS)
     if not storage.exists(REFRESHES):
         return
-    storage.create(USER_VECTORS, RECOMMENDATIONS)
     refreshes = storage.read(REFRESHES)
     reached = [storage.read(t).agg(F.max("refreshed_at")).first() for t in (USER_VECTORS, RECOMMENDATIONS)]
     times = [row[0] for row in reached if row is not None and row[0] is not None]

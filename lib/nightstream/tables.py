@@ -210,6 +210,12 @@ WRITER_LEASE = TableSpec(
     _struct(name=STRING, holder=STRING, kind=STRING, token=STRING, expires_at=TIME),
     ("name",),
 )
+UNFOLDED = TableSpec(
+    "unfolded",
+    "one batch ingest whose events may not be in the windows yet: applied by the night, or by a stream when it starts",
+    _struct(source=STRING, at=TIME),
+    ("at",),
+)
 
 ALL = (
     RAW_EVENTS,
@@ -227,5 +233,6 @@ ALL = (
     MODEL_ARTIFACTS,
     METRICS,
     WRITER_LEASE,
+    UNFOLDED,
 )
 BY_NAME = {spec.name: spec for spec in ALL}

@@ -19,7 +19,7 @@ from pyspark.sql import functions as F
 
 BASE = Path(__file__).resolve().parent.parent.parent / "conf" / "base.yaml"
 LEARNT_FROM = 4_000
-EVENTS_PER_USER = 20
+EVENTS_PER_USER = 10
 NEIGHBOURS = 20
 WORDS = 2_000
 START = 1_700_000_000

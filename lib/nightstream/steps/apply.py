@@ -39,6 +39,7 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, A
                 payload = catalogue.load_payload(storage, version, payload.files)
             writer = f"nightly {as_of:%Y%m%dT%H%M%S} {version}"
             users = layers.apply_all(storage, settings, payload, writer, 0, layers.utc_now())
+            layers.unmark_unfolded(storage)
     except WriterBusyError as busy:
         log.info("another process writes the serving tables and will apply the model", extra={"reason": str(busy)})
         return {"users": 0, "left_to": str(busy)}
