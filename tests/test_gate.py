@@ -171,6 +171,7 @@ def test_a_worse_model_is_kept_as_rejected_and_nothing_that_serves_changes(spark
     assert by_hand["model_version"] == registry.published(storage).model_version == "badly trained"
 
 
+@pytest.mark.slow
 def test_a_model_as_good_passes_and_with_the_gate_off_any_does(spark, night):
     storage, settings = night("pass")
     trained(storage, "as good", NEXT, False, False)
@@ -187,6 +188,7 @@ def test_a_model_as_good_passes_and_with_the_gate_off_any_does(spark, night):
     assert registry.published(storage).model_version == "broken"
 
 
+@pytest.mark.slow
 def test_of_the_published_model_too_the_state_before_its_refit_is_judged(spark, night):
     storage, settings = night("both")
     first = registry.published(storage).model_version
@@ -200,6 +202,7 @@ def test_of_the_published_model_too_the_state_before_its_refit_is_judged(spark, 
     assert numbers["gate.published.ndcg@10"] < 0.8 * numbers["gate.candidate.ndcg@10"]
 
 
+@pytest.mark.slow
 def test_only_events_newer_than_what_either_model_has_learnt_are_judged(spark, night):
     storage, settings = night("newer")
     first = registry.published(storage).model_version

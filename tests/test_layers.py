@@ -281,6 +281,7 @@ def test_an_unknown_user_has_a_list_after_the_first_event_and_an_unknown_item_is
     assert storage.read(EVENTS).where("user_id = 'newcomer'").count() == 1
 
 
+@pytest.mark.slow
 def test_a_newly_published_model_is_taken_over_by_slices_and_rolled_back(spark, night, tmp_path):
     storage, settings = night("handover")
     first = registry.published(storage)
