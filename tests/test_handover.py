@@ -90,7 +90,7 @@ def hurried(settings: Settings) -> Settings:
     """The hand-over in several slices, soon after the publishing commit; a night of one short epoch."""
     document = settings.model_dump(mode="json")
     document["stream"] |= {"max_per_trigger": 1, "snapshot_seconds": 0.5, "handover_slice": 6}
-    document["serving"]["lease_seconds"] = 30
+    document["serving"]["lease_seconds"] = 60
     document["training"]["epochs"] = 1
     document["gate"]["margin"] = None
     return validate(document)
