@@ -59,7 +59,7 @@ def _huge(rng, n, huge):
         rng,
         (text(n, user_id="u" * huge), "too_long"),
         ("x" * huge, "not_json"),
-        (text(n, value="9" * huge), "unreadable"),
+        (text(n, value="9" * huge), "out_of_range"),
         (text(n, value="1" * huge)[: huge // 2], "not_json"),
         (text(n, note="n" * huge), None),
     )

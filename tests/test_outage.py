@@ -22,16 +22,16 @@ MOST_MEMORY_MB = 3_500  # a heap of 1 GB and what a JVM needs beside it, Python 
 
 
 def resident_mb(pid: int) -> float:
-    """Resident memory of a process and its descendants in MB (pages that they share are counted for each)."""
+    """Resident memory of a process and its descendants in MB; pages that they share count once."""
     total, waiting = 0.0, [pid]
     while waiting:
         one = waiting.pop()
         try:
-            status = Path(f"/proc/{one}/status").read_text()
+            memory = Path(f"/proc/{one}/smaps_rollup").read_text()
             children = [Path(f"/proc/{one}/task/{t}/children").read_text() for t in os.listdir(f"/proc/{one}/task")]
         except (FileNotFoundError, ProcessLookupError):
             continue
-        total += sum(int(x.split()[1]) / 1024 for x in status.splitlines() if x.startswith("VmRSS"))
+        total += sum(int(x.split()[1]) / 1024 for x in memory.splitlines() if x.startswith("Pss:"))
         waiting += [int(child) for line in children for child in line.split()]
     return total
 
