@@ -47,6 +47,9 @@ def live_events() -> list:
     rows.append(
         {"event_id": "back", "user_id": "u001", "event_type": "retract", "event_time": 1, "retracts": TAKEN_BACK}
     )
+    # Whether the two come together or not, they make a user known who has consumed nothing.
+    once = {"event_id": "once", "user_id": "once here", "item_id": "i07", "event_type": "view", "event_time": ARRIVED}
+    rows += [once, {**once, "event_id": "once back", "event_type": "retract", "retracts": "once"}]
     rows.append({"event_id": "e002-010", "user_id": "u004", "item_id": "i03", "event_time": world.START + 10**6})
     ahead = {"user_id": "u003", "item_id": "i05", "event_type": "view"}
     rows.append({**ahead, "event_id": "ahead", "event_time": ARRIVED + 590})
@@ -147,7 +150,7 @@ def test_commits_of_driver_and_executors_are_merged_together(spark, night, tmp_p
 
     monkeypatch.setattr(serving, "merge", late)
     rows = [r for r in live_events() if isinstance(r, dict)]
-    back = [r for r in rows if r.get("event_type") == "retract"]
+    back = [r for r in rows if r.get("retracts") == TAKEN_BACK]
     for number, part in enumerate((rows[:20], back, rows[20:40])):
         layer(parsed(payloads(spark, tmp_path, part, f"mixed{number}"), settings), number)
     assert len(layer.follower.pending()) == 3
@@ -175,6 +178,7 @@ def test_a_consumed_item_stays_away_when_it_no_longer_fits_into_the_state(spark,
     assert state_of(storage)[1]["u000"] == listed
 
 
+@pytest.mark.slow
 def test_an_item_that_was_taken_back_after_it_overflowed_can_be_recommended_again(spark, night, tmp_path):
     """As in one batch over all events, where it never overflows."""
     storage, settings = night("taken back")

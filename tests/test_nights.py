@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+import pytest
 import world
 from nightstream import layers, registry
 from nightstream.settings import validate
@@ -24,6 +25,7 @@ def test_what_may_serve_is_not_trained_again_under_its_name(spark, night):
     assert [storage.version(spec) for spec in tables] == before
 
 
+@pytest.mark.slow
 def test_applied_again_it_commits_what_it_merges(spark, night):
     storage, settings = night("applied")
     apply.run(spark, settings, SAME_NIGHT)

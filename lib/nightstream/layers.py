@@ -20,7 +20,7 @@ from pyspark.sql import functions as F
 
 from nightstream import registry, serving
 from nightstream.cutting import Cut, cut
-from nightstream.events import live
+from nightstream.events import foldable
 from nightstream.following import Follower
 from nightstream.freshness import freshness
 from nightstream.known_ids import KnownIds
@@ -81,7 +81,7 @@ def apply_all(
 
     only: user_id of those to refresh, distinct; None for everyone.
     """
-    events = live(storage.read(EVENTS), settings.events.retraction_type)
+    events = foldable(storage.read(EVENTS), settings.events.retraction_type)
     states, users = everyone(storage, settings), storage.read_or_empty(USERS)
     if only is not None:
         # Users that are in `events` alone have no state yet: the fold makes one.
@@ -320,7 +320,7 @@ class SpeedLayer:
     def _refresh_there(self, recorded: Recorded, behind: DataFrame | None) -> DataFrame:
         """On the executors; any number of users, some of them folded again over their whole history."""
         storage, pending = self.storage, self.follower.pending()
-        history = live(storage.read(EVENTS), self.settings.events.retraction_type)
+        history = foldable(storage.read(EVENTS), self.settings.events.retraction_type)
         events = recorded.accepted if recorded.accepted is not None else history.limit(0)
         touched = events.select("user_id")
         if behind is not None:

@@ -53,7 +53,7 @@ class Recorded:
     counts: rows of this call by where they ended, the ones that were there already included.
     added: rows that this call added to each table by name (a superseding event adds none to events, its predecessor
     one to duplicates). After a crash, the replay counts only what it had to add itself.
-    accepted: EVENTS rows of this call that may be folded into windows: no retractions, no retracted events; the same on
+    accepted: EVENTS rows of this call to be folded into windows, as events.foldable gives them; the same on
     a replay. None when nothing valid came.
     accepted_table: the same rows where they are few enough to be on the driver, else None.
     refold_users: user_id of the users whose windows must be folded again from `events`, distinct; None when nobody.
@@ -196,7 +196,8 @@ class _Booking:
         counts = Counts(self.raw, self.valid - found[E.DUPLICATE], self.quarantine, found[E.DUPLICATE])
         current = resolved.where(F.col("raw_id") == F.col("kept_raw_id"))
         refold = self._refold_users(resolved, current, found, writes)
-        accepted = current.where(~F.col("dead") & (F.col("event_type") != self.retraction_type))
+        accepted = current.where(F.col("event_type") != self.retraction_type)
+        accepted = accepted.withColumn("event_type", E.taken_back(F.col("dead"), self.retraction_type))
         accepted = accepted.select(*EVENTS.schema.names)
         table = None
         if self.table is not None:

@@ -44,10 +44,10 @@ class Refresher:
     threads: int = 1
 
     def __call__(self, states: pa.Table, events: pa.Table, users: pa.Table, overflow: pa.Table | None) -> pa.Table:
-        """States and live events -> one refreshed row per user of either side, in the shape of REFRESHED, by user_id.
+        """States and events -> one refreshed row per user of either side, in the shape of REFRESHED, by user_id.
 
         states: user_id, revision, window, seen, seen_overflowed; no vector is needed, it is computed anew.
-        events: EVENTS rows, retractions taken out (see events.live).
+        events: EVENTS rows as events.foldable gives them.
         users: USERS rows; a user that is missing there has no attributes, one that is on neither side is left out.
         overflow: SEEN_OVERFLOW rows, or None where no user has overflowed before.
         The revision of each row is that of the state plus one; `overflow` in a row is what must go to the side table

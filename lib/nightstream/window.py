@@ -49,10 +49,10 @@ class FoldRules:
 
 
 def fold(states: pa.Table, events: pa.Table, rules: FoldRules) -> pa.Table:
-    """Fold live events into states.
+    """Fold events into states.
 
     states: one row per user: user_id, revision, window, seen, seen_overflowed.
-    events: EVENTS rows without retractions or retracted events, any number per user, any order, any repetition.
+    events: EVENTS rows as events.foldable gives them, any number per user, any order, any repetition.
     Returns one row per user of either side, ascending by user_id: user_id, revision (of the state folded into, 0 for
     none), window, seen, seen_overflowed, overflow (the seen entries that no longer fit, oldest first).
     """
