@@ -75,7 +75,7 @@ test: venv lint types ## lint, types and every test that is not slow
 test-slow: venv ## the tests that need servers, a browser or a long run
 	@$(BIN)/pytest -m "slow and not faults" || { code=$$?; [ $$code -eq 5 ] && echo "no test is marked slow" || exit $$code; }
 
-test-faults: venv ## stream and nightly job killed at every write and many moments (some 20 minutes)
+test-faults: venv ## stream and night killed at every write and many moments, a hand-over read at every version (long)
 	@$(BIN)/pytest -m faults
 
 demo: venv data ## MovieLens-100k from end to end; writes out/ and ends with the path of its report

@@ -104,7 +104,7 @@ def event(number: int) -> dict:
     return {**told, "user_id": f"u{number % 44:03}", "item_id": f"i{number * 7 % world.ITEMS:02}"}
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_model_is_handed_over_and_taken_back_under_the_eyes_of_a_reader(spark, night, tmp_path):
     storage, settings = night("watched")
     settings = hurried(settings)
