@@ -191,10 +191,10 @@ def recorded(spark, tmp_path_factory):
     [
         ("before raw_events", True),
         ("before events", True),
-        ("before duplicates", True),
+        pytest.param("before duplicates", True, marks=pytest.mark.slow),
         ("after merge", True),
-        ("before raw_events", False),
-        ("before events", False),
+        pytest.param("before raw_events", False, marks=pytest.mark.slow),
+        pytest.param("before events", False, marks=pytest.mark.slow),
     ],
 )
 def test_a_crash_at_any_write_is_mended_by_a_replay(

@@ -54,6 +54,7 @@ def lists(storage) -> dict[str, set[str]]:
     return {r.user_id: set(r["items"]) for r in rows}
 
 
+@pytest.mark.slow
 def test_a_new_item_is_listed_an_updated_one_encoded_anew_a_withdrawn_one_in_no_list(spark, night, tmp_path):
     storage, settings = night("items")
     settings = with_items(settings, tmp_path)
