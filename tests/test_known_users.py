@@ -40,7 +40,7 @@ def test_more_users_than_one_statement_takes(tmp_path: Path) -> None:
 
 
 def asked_and_known(storage: Storage) -> tuple[KnownUsers, list[pa.Table]]:
-    known = KnownUsers(storage, 0)
+    known = KnownUsers(storage)
     asked = known.of(SOME, [], 100)
     known.start().result()
     assert known._states.is_complete
@@ -83,7 +83,7 @@ def test_a_commit_counts_before_it_is_merged_and_changed_attributes_do(spark, ni
 def test_of_too_many_users_the_tables_are_asked(spark, night, monkeypatch: pytest.MonkeyPatch) -> None:
     storage, _ = night("known")
     monkeypatch.setattr(known_users, "MOST_USERS", 3)
-    known = KnownUsers(storage, 0)
+    known = KnownUsers(storage)
     known.start().result()
     assert not known._states.is_complete
     assert len(known.of(SOME, [], 100)[0]) == 3

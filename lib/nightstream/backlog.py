@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 
-from nightstream.formats import is_table_name
+from nightstream.formats import newest_version
 from nightstream.settings import StreamSettings
 from nightstream.sources import local_folder
 
@@ -71,8 +70,7 @@ def _offsets(text: str | None) -> dict[tuple[str, str], int]:
 
 
 def _versions_behind(spark: SparkSession, path: str, end: Mapping[str, Any]) -> int:
-    table = DeltaTable.forName(spark, path) if is_table_name(path) else DeltaTable.forPath(spark, path)
-    row = table.history(1).select("version").first()
+    row = newest_version(spark, path)
     newest = row.version if row is not None else 0
     # A negative index stands for a version of which nothing has been read yet.
     return max(0, newest - int(end["reservoirVersion"]) + (int(end["index"]) < 0))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from delta.tables import DeltaTable
 from pyspark.errors import AnalysisException, PySparkException
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
@@ -50,9 +50,7 @@ def fingerprint(spark: SparkSession, kind: str, path: str) -> str:
     newest version; no file is opened. Raises SourceError for a source that is missing."""
     try:
         if kind == "delta":
-            by_name = "/" not in path and "." in path
-            table = DeltaTable.forName(spark, path) if by_name else DeltaTable.forPath(spark, path)
-            row = table.history(1).select("version", "timestamp").first()
+            row = newest_version(spark, path)
         else:
             # Without the column `content` it only lists.
             files = spark.read.format("binaryFile").load(path)
@@ -120,14 +118,20 @@ def origin(position: Column) -> dict[str, Column]:
     return {POSITION: position, ARRIVAL: F.col("_metadata.file_modification_time")}
 
 
-def is_table_name(path: str) -> bool:
+def _is_table_name(path: str) -> bool:
     """Whether a Delta table is given by its name: that has dots and no slash."""
     return "/" not in path and "." in path
 
 
+def newest_version(spark: SparkSession, path: str) -> Row | None:
+    """version and timestamp of a Delta table's newest commit; None where its history is gone."""
+    table = DeltaTable.forName(spark, path) if _is_table_name(path) else DeltaTable.forPath(spark, path)
+    return table.history(1).select("version", "timestamp").first()
+
+
 def load(reader, path: str) -> DataFrame:
     """A Delta table by path or by name."""
-    return reader.table(path) if is_table_name(path) else reader.load(path)
+    return reader.table(path) if _is_table_name(path) else reader.load(path)
 
 
 def _delimited(spark: SparkSession, path: str, options: dict[str, str]) -> DataFrame:

@@ -12,6 +12,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+from nightstream.measurements import SHARES
 from nightstream.settings import Settings
 from nightstream.storage import Storage
 from nightstream.tables import EVENTS, RECOMMENDATIONS, USER_VECTORS
@@ -20,7 +21,6 @@ log = logging.getLogger(__name__)
 
 VIEW = "freshness"
 _READ = (EVENTS, USER_VECTORS, RECOMMENDATIONS)
-_SHARES = (50, 95, 99)
 # SQL, because a view is SQL. `retracted` and `live` say what events.live says; a test compares the two.
 # due: the events that belong into the window, as far as its oldest event tells: all of them while it has room.
 _QUERY = """
@@ -103,7 +103,7 @@ def make_view(storage: Storage, settings: Settings) -> None:
 
 def summary(rows: DataFrame) -> dict[str, float]:
     """freshness_users, freshness_stale_share of them, and percentiles and maximum of age_s over those that have one."""
-    ages = F.percentile_approx("age_s", [share / 100 for share in _SHARES])
+    ages = F.percentile_approx("age_s", [share / 100 for share in SHARES])
     row = rows.agg(
         F.count("user_id").alias("users"),
         F.count_if("stale").alias("stale"),
@@ -115,7 +115,7 @@ def summary(rows: DataFrame) -> dict[str, float]:
     if row.users:
         found["freshness_stale_share"] = row.stale / row.users
     if row.oldest is not None:
-        found |= {f"freshness_age_p{share}_s": age for share, age in zip(_SHARES, row.ages, strict=True)}
+        found |= {f"freshness_age_p{share}_s": age for share, age in zip(SHARES, row.ages, strict=True)}
         found["freshness_age_max_s"] = row.oldest
     return found
 

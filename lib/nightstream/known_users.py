@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -34,45 +33,40 @@ class KnownUsers:
     """States and attributes of all users in local files, which fill up in the background after `start`. Until they are
     full, or where there are too many users, the tables are asked."""
 
-    def __init__(self, storage: Storage, snapshot_seconds: float) -> None:
-        """snapshot_seconds: how often at most `look_again` looks."""
-        self.storage, self.snapshot_seconds = storage, snapshot_seconds
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
         self._folder = TemporaryDirectory(prefix="nightstream-known-", ignore_cleanup_errors=True)
         self._files = 0
         self._states, self._attributes = self._rows(STATES), self._rows(_ATTRIBUTES)
         self._pool = ThreadPoolExecutor(1, "fill")
         self._users_version: int | None = None
-        self._looked_at = time.monotonic()
-        self._filling: Future[None] | None = None
+        self._given_up = False
         self._closed = threading.Event()
 
     def start(self) -> Future[None]:
-        """Begin to fill, once; when all that is committed is merged, and before the next commit."""
-        if self._filling is None:
-            self._filling = self._begin()
-        return self._filling
-
-    def _begin(self) -> Future[None]:
+        """Begin to fill, from nothing: a query that broke off may have left out what it had committed. To be called
+        when all that is committed is merged, and before the next commit."""
+        self._states, self._attributes = self._rows(STATES), self._rows(_ATTRIBUTES)
         self._users_version = self.storage.version(USERS)
         states = self.storage.read(USER_VECTORS)
-        if states.count() > MOST_USERS:
+        self._given_up = states.count() > MOST_USERS
+        if self._given_up:
             return self._pool.submit(lambda: None)
         self._pool.submit(self._fill, self._states, states)
         return self._pool.submit(self._fill_attributes)
 
     def look_again(self) -> None:
         """Take up attributes that have changed; until they are read anew, the tables are asked."""
-        if time.monotonic() - self._looked_at < self.snapshot_seconds:
-            return
-        self._looked_at = time.monotonic()
         version = self.storage.version(USERS)
-        if version != self._users_version:
+        if version != self._users_version and not self._given_up:
             self._users_version = version
             self._attributes = self._rows(_ATTRIBUTES)
             self._pool.submit(self._fill_attributes)
 
     def committed(self, commit: Cut) -> None:
         """Take up committed states; before anybody asks for them."""
+        if self._given_up:
+            return
         if commit.table is not None:
             self._states.put(states_of(commit.table))
         else:
@@ -117,6 +111,7 @@ class KnownUsers:
             known.put_all(rows, self._closed.is_set)
         except Exception:
             # The stream goes on without: the tables have it all.
+            self._given_up = True
             if not self._closed.is_set():
                 log.exception("the users could not be read ahead, the tables are asked in each micro-batch")
         else:

@@ -177,7 +177,7 @@ class SpeedLayer:
         self.news = News(storage, settings)
         self.payload = self.news.first()
         self.follower = Follower(storage, settings.serving.top_k, settings.serving.merge_attempts, on_merge)
-        self.known_users = KnownUsers(storage, settings.stream.snapshot_seconds)
+        self.known_users = KnownUsers(storage)
         self._pool = ThreadPoolExecutor(1, "ask")
         self._known_ids: KnownIds | None = None
         self._some_behind = True
@@ -206,10 +206,11 @@ class SpeedLayer:
         first = not self.writer
         if first:
             self.writer = self._writer_of()
-        newer = self.news.newer(self.payload)
-        if newer is not None:
-            self.payload, self._some_behind = newer, True
-        self.known_users.look_again()
+        if self.news.is_due():
+            newer = self.news.newer(self.payload)
+            if newer is not None:
+                self.payload, self._some_behind = newer, True
+            self.known_users.look_again()
         arriving = arrive(arrived, settings, micro_batch=True)
         ahead = self._ask_ahead(arriving)
         # Spark repeats a micro-batch only as the first one after a start.

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class News:
-    """Looks at the items source and at the tables models and items, every `stream.snapshot_seconds` at most.
+    """Looks at the items source and at the tables models and items, when `is_due` says so.
 
     The night may merge the items source at the same time: both write the same rows, and a MERGE that meets the other
     is tried again.
@@ -32,14 +32,18 @@ class News:
         """The published model with its catalogue as it is. Raises TableError where none is published."""
         return catalogue.load_payload(self.storage, registry.published(self.storage).model_version)
 
+    def is_due(self) -> bool:
+        """Whether it is time to look, which it is every `stream.snapshot_seconds` at most."""
+        if time.monotonic() - self._looked_at < self.settings.stream.snapshot_seconds:
+            return False
+        self._looked_at = time.monotonic()
+        return True
+
     def newer(self, payload: Payload) -> Payload | None:
-        """What should serve from now on instead of `payload`; None where that is up to date, or was looked at lately.
+        """What should serve from now on instead of `payload`; None where that is up to date.
 
         Items that are new, or that have another content than before, are encoded under the published model first.
         """
-        if time.monotonic() - self._looked_at < self.settings.stream.snapshot_seconds:
-            return None
-        self._looked_at = time.monotonic()
         storage = self.storage
         self._items_source.take_up()
         commits = (storage.version(MODELS), storage.version(ITEMS))

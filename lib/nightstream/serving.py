@@ -83,7 +83,7 @@ def _keep_overflow(storage: Storage, refreshed: Cut, refolded: DataFrame | None)
     if refolded is None or not storage.exists(SEEN_OVERFLOW):
         return
     key = ["user_id", "item_id"]
-    before = storage.read(SEEN_OVERFLOW).select(*key).join(refolded.distinct(), "user_id", "left_semi").distinct()
+    before = storage.read(SEEN_OVERFLOW).select(*key).join(refolded, "user_id", "left_semi").distinct()
     stale = before.join(entries.select(*key), key, "left_anti")
     if stale.isEmpty():
         return
