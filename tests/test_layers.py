@@ -47,9 +47,11 @@ def live_events() -> list:
     rows.append(
         {"event_id": "back", "user_id": "u001", "event_type": "retract", "event_time": 1, "retracts": TAKEN_BACK}
     )
-    # Whether the two come together or not, they make a user known who has consumed nothing.
-    once = {"event_id": "once", "user_id": "once here", "item_id": "i07", "event_type": "view", "event_time": ARRIVED}
-    rows += [once, {**once, "event_id": "once back", "event_type": "retract", "retracts": "once"}]
+    # Whether the two come together or not, and whichever comes first, they make a user known who has consumed nothing.
+    for number in range(6):
+        only = {"event_id": f"only{number}", "user_id": f"once here {number}", "event_time": ARRIVED}
+        back = {"event_id": f"only{number} back", "event_type": "retract", "retracts": f"only{number}"}
+        rows += [{**only, "item_id": "i07", "event_type": "view"}, {**only, **back}]
     rows.append({"event_id": "e002-010", "user_id": "u004", "item_id": "i03", "event_time": world.START + 10**6})
     ahead = {"user_id": "u003", "item_id": "i05", "event_type": "view"}
     rows.append({**ahead, "event_id": "ahead", "event_time": ARRIVED + 590})
