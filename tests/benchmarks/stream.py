@@ -46,8 +46,9 @@ def measured(stream: Stream, bare: Bare, events: int, users: int, batches: int, 
     samples = []
     for number in range(WARM + batches):
         sample = stream.sample(events, users, bare)
+        place = f"{number + 1 - WARM}/{batches}" if number >= WARM else "(warming up)"
         progress.say(
-            f"{label} {number + 1 - WARM}/{batches}: visible {sample.visible:.2f} s (append {sample.append:.2f}), "
+            f"{label} {place}: visible {sample.visible:.2f} s (append {sample.append:.2f}), "
             f"merged {sample.merged:.2f} s (MERGEs {sample.merges:.2f})"
         )
         samples.append(sample)
@@ -129,6 +130,7 @@ def run(
         "memory_bytes": memory,
         "users": users,
         "items": items,
+        "grown": grown,
     }
 
 
@@ -138,8 +140,8 @@ def table_of(found: dict[str, Any]) -> Table:
         table.add_column(name, justify="right" if name != "micro-batch" else "left")
     labels = {
         "plain": f"{EVENTS} events of {USERS_PER_BATCH} users",
-        "ten_times_events": "ten times the events and users in it",
-        "ten_times_users": "ten times the users in the tables",
+        "ten_times_events": f"{found['grown']} times the events and users in it",
+        "ten_times_users": f"{found['grown']} times the users in the tables",
     }
     for name, label in labels.items():
         row = found["seconds"][name]
