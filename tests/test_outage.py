@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import world
 import yaml
@@ -23,16 +24,12 @@ MOST_MEMORY_MB = 3_500  # a heap of 1 GB and what a JVM needs beside it, Python 
 
 def resident_mb(pid: int) -> float:
     """Resident memory of a process and its descendants in MB; pages that they share count once."""
-    total, waiting = 0.0, [pid]
-    while waiting:
-        one = waiting.pop()
-        try:
-            memory = Path(f"/proc/{one}/smaps_rollup").read_text()
-            children = [Path(f"/proc/{one}/task/{t}/children").read_text() for t in os.listdir(f"/proc/{one}/task")]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        total += sum(int(x.split()[1]) / 1024 for x in memory.splitlines() if x.startswith("Pss:"))
-        waiting += [int(child) for line in children for child in line.split()]
+    total = 0.0
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for one in (process, *process.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                total += one.memory_full_info().pss / 2**20
     return total
 
 

@@ -5,7 +5,8 @@
 The real streaming query runs over files of made-up events, on tables of 100,000 users and 20,000 items, then of ten
 times as many users. One micro-batch at a time: from the file's appearance to the commit (visible) and to the end of
 both MERGEs (merged), against an append and two MERGEs of the same rows into copies of the tables, in turn with it.
-Then files arrive at a rate that is doubled until the delay grows.
+Then files arrive at a rate that is doubled until the delay grows, and at last as many micro-batches run back to back as
+an hour brings at one every ten seconds, while memory is watched.
 """
 
 from __future__ import annotations
@@ -92,14 +93,31 @@ def at_rate(stream: Stream, rate: int, seconds: float) -> dict[str, float]:
     return {**quantiles, "slope": slope}
 
 
-def memory_bytes() -> int:
-    """Of this process and its children, the JVM among them."""
+def resident_mb() -> tuple[float, float]:
+    """Of this process, and of its children (the JVM, Python workers); pages that they share count once."""
     here = psutil.Process()
-    return sum(p.memory_info().rss for p in [here, *here.children(recursive=True)])
+    children = sum(p.memory_full_info().pss for p in here.children(recursive=True))
+    return here.memory_full_info().pss / 2**20, children / 2**20
+
+
+def lasting(stream: Stream, batches: int) -> list[dict[str, int]]:
+    """MB of the driver's Python and of its children while micro-batches run back to back, medians of each tenth."""
+    clock, tenths = stream.clock, []
+    for tenth in np.array_split(np.arange(batches), 10):
+        used = []
+        for _ in tenth:
+            before = len(clock.commits)
+            stream.drop(EVENTS, USERS_PER_BATCH)
+            clock.wait(lambda before=before: len(clock.commits) > before)
+            used.append(resident_mb())
+        python, children = np.median(used, axis=0)
+        tenths.append({"python": round(python), "jvm": round(children)})
+        progress.say(f"micro-batch {tenth[-1] + 1}/{batches}: Python {python:.0f} MB, JVM {children:.0f} MB")
+    return tenths
 
 
 def run(
-    spark: SparkSession, folder: Path, users: int, items: int, batches: int, seconds: float, grown: int
+    spark: SparkSession, folder: Path, users: int, items: int, batches: int, seconds: float, grown: int, hour: int
 ) -> dict[str, Any]:
     """All measurements; `grown` times as many users in the second part, and events per micro-batch."""
     progress.say(f"a model over {items:,} items; tables of {users:,} users")
@@ -109,9 +127,8 @@ def run(
     with Stream(spark, own, users, items, 2).running() as stream:
         plain = measured(stream, bare, EVENTS, USERS_PER_BATCH, batches, "micro-batch")
         more = measured(stream, bare, grown * EVENTS, grown * USERS_PER_BATCH, batches, f"{grown} x events")
-        before = memory_bytes()
-        lasting = sustained(stream, seconds, 50)
-        memory = {"before": before, "after": memory_bytes()}
+        steady = sustained(stream, seconds, 50)
+        memory = lasting(stream, hour)
     progress.say(f"tables of {grown * users:,} users")
     large = enlarged(spark, origin, folder / "large", grown * users)
     large_bare = Bare(spark, large, folder / "large-bare")
@@ -122,12 +139,12 @@ def run(
         "micro_batch_over_merge": plain["merged"] / plain["merges"],
         "ten_times_users": many["visible"] / plain["visible"],
         "ten_times_events": more["visible"] / plain["visible"],
-        "events_per_second_per_core": lasting.get("rate", 0) / (os.cpu_count() or 1),
-        **{f"visible_p{q}_s": lasting.get(f"p{q}") for q in (50, 95, 99)},
+        "events_per_second_per_core": steady.get("rate", 0) / (os.cpu_count() or 1),
+        **{f"visible_p{q}_s": steady.get(f"p{q}") for q in (50, 95, 99)},
         "ten_times_users_merged": many["merged"] / plain["merged"],
         "ten_times_users_merges": many["merges"] / plain["merges"],
         "seconds": {"plain": plain, "ten_times_events": more, "ten_times_users": many},
-        "memory_bytes": memory,
+        "memory_mb": memory,
         "users": users,
         "items": items,
         "grown": grown,
@@ -166,6 +183,7 @@ def measure(
     batches: Annotated[int, typer.Option("--batches", help="Micro-batches that are measured each time.")] = 11,
     seconds: Annotated[float, typer.Option("--seconds", help="How long each rate lasts.")] = 40.0,
     grown: Annotated[int, typer.Option("--grown", help="How many times larger the larger ones are.")] = 10,
+    hour: Annotated[int, typer.Option("--hour", help="Micro-batches over which memory is watched, at least 10.")] = 360,
     work: Annotated[Path | None, typer.Option("--work", help="Where the tables go; some GB.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
 ) -> None:
@@ -176,10 +194,13 @@ def measure(
     logging.getLogger("py4j").setLevel(logging.WARNING)
     try:
         with TemporaryDirectory(dir=work) as folder:
-            found = run(spark, Path(folder), users, items, batches, seconds, grown)
+            found = run(spark, Path(folder), users, items, batches, seconds, grown, hour)
         if json_out is not None:
             write_atomically(json_out, json.dumps(found, indent=2).encode())
         progress.output.print(table_of(found))
+        by_tenths = {kind: ", ".join(str(tenth[kind]) for tenth in found["memory_mb"]) for kind in ("python", "jvm")}
+        progress.output.print(f"MB over {hour} micro-batches, by tenths: {by_tenths['python']} (Python)")
+        progress.output.print(f"and {by_tenths['jvm']} (JVM)")
         told = {k: v for k, v in found.items() if isinstance(v, float) or v is None}
         progress.output.print(json.dumps({k: None if v is None else round(v, 2) for k, v in told.items()}, indent=2))
     finally:
