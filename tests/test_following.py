@@ -20,14 +20,13 @@ def follower(monkeypatch):
     """A follower whose MERGEs note their rows, wait for `gate`, and fail on the rows "bad"."""
     merged, gate, begun = [], threading.Event(), threading.Event()
 
-    def merge(storage, rows, width, attempts):
+    def merge(storage, rows, layout, attempts):
         begun.set()
         gate.wait(10)
         if "bad" in rows:
             raise RuntimeError("a MERGE failed")
         merged.append(rows)
 
-    monkeypatch.setattr(serving, "list_width", lambda storage, top_k: top_k)
     monkeypatch.setattr(serving, "newest_committed", lambda storage, commits: list(commits))
     monkeypatch.setattr(serving, "merge", merge)
     made = following.Follower(None, 5, 1)

@@ -31,12 +31,13 @@ def state(user, window, revision=2):
     """A state whose window holds (event, hours)."""
     entries = [(at(hours), name, name, "i", "view", None) for name, hours in window]
     as_of = entries[-1][0] if entries else None
-    return (user, revision, entries, [], False, [1.0], "m1", "c1", as_of, at(100))
+    return (user, revision, entries, [], False, [1.0], "m1", "c1", as_of, at(100), 1)
 
 
 def ranks(user, hours, revision=2):
     as_of = None if hours is None else at(hours)
-    return [(user, rank, "i", 1.0, "sequence", "why", None, revision, "m1", "c1", as_of, at(100)) for rank in (1, 2)]
+    told = (revision, "m1", "c1", as_of, at(100), 1)
+    return [(user, rank, "i", 1.0, "sequence", "why", None, *told) for rank in (1, 2)]
 
 
 EVENT_ROWS = [

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 from nightstream import serving
+from nightstream.cutting import Cut
+from nightstream.serving import Layout
 from nightstream.tables import RECOMMENDATIONS, REFRESHED, REFRESHES, SEEN_OVERFLOW, USER_VECTORS
 
 AT = datetime(2024, 5, 1, tzinfo=UTC)
-WIDTH = 3
+LAYOUT = Layout(3)
 
 
 def refreshed(spark, *rows, on_driver=True):
@@ -35,7 +37,7 @@ def lists(storage):
 
 def commit_and_merge(storage, rows, batch_id, seconds=0):
     committed = serving.commit(storage, rows, "test", batch_id, AT + timedelta(seconds=seconds))
-    serving.merge(storage, committed.rows, WIDTH, 1)
+    serving.merge(storage, committed, LAYOUT, 1)
 
 
 def test_a_shorter_list_leaves_no_surplus_rank(storage, spark):
@@ -46,17 +48,17 @@ def test_a_shorter_list_leaves_no_surplus_rank(storage, spark):
 
 def test_a_lower_top_k_removes_the_ranks_behind_it(storage, spark):
     commit_and_merge(storage, refreshed(spark, ("u", 1, ["a", "b", "c"])), 0)
-    width = serving.list_width(storage, 1)
-    assert width == 3
+    layout = Layout.of(storage, 1)
+    assert layout == LAYOUT
     committed = serving.commit(storage, refreshed(spark, ("u", 2, ["a"])), "test", 1, AT)
-    serving.merge(storage, committed.rows, width, 1)
+    serving.merge(storage, committed, layout, 1)
     assert lists(storage) == [("u", 1, "a", 2)]
 
 
 def test_an_older_revision_never_overwrites_a_newer_one(storage, spark):
     commit_and_merge(storage, refreshed(spark, ("u", 5, ["new"])), 0)
     serving.commit(storage, refreshed(spark, ("u", 4, ["old", "older"])), "late clock", 0, AT + timedelta(seconds=9))
-    serving.merge_tail(storage, WIDTH, 1)
+    serving.merge_tail(storage, LAYOUT, 1)
     (state,) = storage.read(USER_VECTORS).collect()
     assert (state.revision, list(state.vector)) == (5, [5.0, 0.0])
     assert lists(storage) == [("u", 1, "new", 5)]
@@ -67,7 +69,7 @@ def test_the_newest_of_several_commits_wherever_their_rows_are(storage, spark, o
     first = refreshed(spark, ("u", 2, ["a"]), ("v", 1, ["b"]), on_driver=on_driver[0])
     second = refreshed(spark, ("u", 1, ["old"]), ("w", 1, ["c"]), on_driver=on_driver[1])
     commits = [serving.commit(storage, rows, "test", number, AT) for number, rows in enumerate((first, second))]
-    found = serving.newest_committed(storage, commits)
+    found = serving.newest_committed(storage, commits).rows
     assert {(r.user_id, r.revision, r.writer, r.batch_id) for r in found.collect()} == {
         ("u", 2, "test", 0),
         ("v", 1, "test", 0),
@@ -101,11 +103,11 @@ def test_the_tail_is_merged_after_a_crash_between_the_merges(storage, spark, mon
         patched.setattr(serving, broken, crash)
         with pytest.raises(RuntimeError, match="killed"):
             commit_and_merge(storage, refreshed(spark, ("u", 2, ["c", "d"]), ("w", 1, ["e"])), 1, seconds=60)
-    serving.merge_tail(storage, WIDTH, 1)
+    serving.merge_tail(storage, LAYOUT, 1)
     expected = [("u", 1, "c", 2), ("u", 2, "d", 2), ("v", 1, "b", 1), ("w", 1, "e", 1)]
     assert lists(storage) == expected
     assert {(r.user_id, r.revision) for r in storage.read(USER_VECTORS).collect()} == {("u", 2), ("v", 1), ("w", 1)}
-    serving.merge_tail(storage, WIDTH, 1)
+    serving.merge_tail(storage, LAYOUT, 1)
     assert lists(storage) == expected
 
 
@@ -136,24 +138,24 @@ def test_a_merge_that_meets_another_writer_is_tried_again_and_loses_nothing(
     name = {"user_vectors": "_merge_states", "recommendations": "_merge_lists"}[table]
     merge = getattr(serving, name)
 
-    def late(storage, rows, *width):
-        merge(storage, held_back(rows, tmp_path), *width)
+    def late(storage, rows, layout):
+        merge(storage, Cut(held_back(rows.rows, tmp_path), {}), layout)
 
     with monkeypatch.context() as patched, ThreadPoolExecutor(1) as pool:
         patched.setattr(serving, name, late)
-        merging = pool.submit(serving.merge, storage, committed.rows, WIDTH, attempts)
+        merging = pool.submit(serving.merge, storage, committed, LAYOUT, attempts)
         while not (tmp_path / "begun").exists() and not merging.done():
             time.sleep(0.05)
         patched.undo()
         try:
-            serving.merge(storage, newer.rows, WIDTH, 5)
+            serving.merge(storage, newer, LAYOUT, 5)
         finally:
             (tmp_path / "go").touch()
         if attempts == 1:
             with pytest.raises(Exception, match="oncurrent"):
                 merging.result()
             # It is still committed, so the next start merges it.
-            serving.merge_tail(storage, WIDTH, 1)
+            serving.merge_tail(storage, LAYOUT, 1)
         else:
             merging.result()
             assert (table, 1) in {(r.what, r.attempt) for r in caplog.records if "trying again" in r.message}

@@ -18,7 +18,7 @@ def test_names_are_distinct_and_keys_are_columns():
 
 
 def test_a_refreshed_row_has_all_that_a_state_has():
-    late = {"refreshed_at", "writer", "batch_id"}
+    late = {"refreshed_at", "writer", "batch_id", "bucket"}
     assert set(USER_VECTORS.schema.names) - late <= set(REFRESHED.names)
     assert set(REFRESHES.schema.names) - late <= set(REFRESHED.names)
 

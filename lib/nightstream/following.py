@@ -32,13 +32,18 @@ class Follower:
         on_merge: Callable[[float, int], None] = lambda seconds, commits: None,
     ) -> None:
         """on_merge: told after each MERGE how many seconds it took and how many commits went into it."""
-        self.storage, self.attempts, self.on_merge = storage, attempts, on_merge
-        self.width = serving.list_width(storage, top_k)
+        self.storage, self.top_k, self.attempts, self.on_merge = storage, top_k, attempts, on_merge
+        self.layout = serving.Layout(top_k)
         self._pending: list[Cut] = []
         self._error: Exception | None = None
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._awaited = 0
+
+    def start(self) -> None:
+        """Merge what an earlier process committed and did not merge; before the first commit, holding the lease."""
+        self.layout = serving.Layout.of(self.storage, self.top_k)
+        serving.merge_tail(self.storage, self.layout, self.attempts)
 
     def pending(self) -> list[Cut]:
         """Commits that the serving tables may lack, in the order of their commits.
@@ -92,7 +97,7 @@ class Follower:
             begun = time.monotonic()
             try:
                 rows = serving.newest_committed(self.storage, taken)
-                serving.merge(self.storage, rows, self.width, self.attempts)
+                serving.merge(self.storage, rows, self.layout, self.attempts)
                 took = time.monotonic() - begun
                 self.on_merge(took, len(taken))
             except Exception as error:

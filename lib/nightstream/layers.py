@@ -91,9 +91,11 @@ def apply_all(
     # Never a repetition: run again, it refreshes from newer states, and what is merged must stand in `refreshes`.
     refolded = refreshed.rows.select("user_id")
     commit = serving.commit(storage, refreshed, writer, batch_id, now, fresh=True, refolded=refolded)
-    width = serving.list_width(storage, settings.serving.top_k)
-    serving.merge(storage, commit.rows, width, settings.serving.merge_attempts)
-    return refreshed.totals["users"] or 0
+    count: int = refreshed.totals["users"] or 0
+    serving.merge(storage, commit, serving.Layout.of(storage, settings.serving.top_k), settings.serving.merge_attempts)
+    if only is None:
+        serving.spread(storage, count)
+    return count
 
 
 def mark_unfolded(storage: Storage, source: str) -> None:
@@ -190,7 +192,7 @@ class SpeedLayer:
         self.writer = ""
         if registry.published(self.storage).model_version != self.payload.model_version:
             self.payload = self.news.first()
-        serving.merge_tail(self.storage, self.follower.width, self.settings.serving.merge_attempts)
+        self.follower.start()
         self._fold_in()
         self.known_users.start()
         self.payload.load()
@@ -336,7 +338,7 @@ class SpeedLayer:
         touched = F.broadcast(touched.distinct())
         known = storage.read(USER_VECTORS).select(*STATE_COLUMNS).join(touched, "user_id", "left_semi")
         if pending:
-            newer = serving.newest_committed(storage, pending).select(*STATE_COLUMNS)
+            newer = serving.newest_committed(storage, pending).rows.select(*STATE_COLUMNS)
             known = serving.newest([known, newer.join(touched, "user_id", "left_semi")])
         if refold is not None:
             kept = known.join(refold, "user_id", "left_anti")
@@ -358,7 +360,7 @@ class SpeedLayer:
         table = self.storage.read(USER_VECTORS)
         known = table
         if pending:
-            newer = serving.newest_committed(self.storage, pending)
+            newer = serving.newest_committed(self.storage, pending).rows
             known = serving.newest([table.select(*columns), newer.select(*columns)])
         found = known.where(F.col("model_version") != self.payload.model_version).select("user_id")
         withdrawn = self.payload.load().withdrawn()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 import pyarrow as pa
@@ -15,6 +16,7 @@ import pyarrow.compute as pc
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
+from nightstream import buckets
 from nightstream.cutting import Cut, cut
 from nightstream.storage import Storage
 from nightstream.tables import LIST_ENTRY, RECOMMENDATIONS, REFRESHED, REFRESHES, SEEN_OVERFLOW, USER_VECTORS
@@ -99,20 +101,48 @@ def is_committed(storage: Storage, writer: str, batch_id: int) -> bool:
     return not mine.isEmpty()
 
 
-def merge(storage: Storage, rows: DataFrame, width: int, attempts: int) -> None:
+@dataclass(frozen=True)
+class Layout:
+    """What a MERGE must know of the serving tables; it changes only under the lease, by a night.
+
+    width: how many ranks it must write so that no longer list of an older setting keeps its end.
+    vectors, lists: buckets of USER_VECTORS and RECOMMENDATIONS.
+    """
+
+    width: int
+    vectors: int = 1
+    lists: int = 1
+
+    @classmethod
+    def of(cls, storage: Storage, top_k: int) -> Layout:
+        """As the tables are now; lists get top_k ranks."""
+        vectors, lists = buckets.present(storage, USER_VECTORS), buckets.present(storage, RECOMMENDATIONS)
+        if not storage.exists(RECOMMENDATIONS):
+            return cls(top_k, vectors, lists)
+        row = storage.read(RECOMMENDATIONS).agg(F.max("rank")).first()
+        return cls(max(top_k, row[0] or 0) if row is not None else top_k, vectors, lists)
+
+
+def merge(storage: Storage, rows: Cut, layout: Layout, attempts: int) -> None:
     """MERGE committed rows into both serving tables, side by side.
 
     rows: one per user, its newest: of an older one, ranks that the user's list no longer has would be inserted again.
     """
     retry = storage.with_retries
     with ThreadPoolExecutor(2) as pool:
-        vectors = pool.submit(retry, lambda: _merge_states(storage, rows), attempts, USER_VECTORS.name)
-        lists = pool.submit(retry, lambda: _merge_lists(storage, rows, width), attempts, RECOMMENDATIONS.name)
+        vectors = pool.submit(retry, lambda: _merge_states(storage, rows, layout), attempts, USER_VECTORS.name)
+        lists = pool.submit(retry, lambda: _merge_lists(storage, rows, layout), attempts, RECOMMENDATIONS.name)
         vectors.result()
         lists.result()
 
 
-def merge_tail(storage: Storage, width: int, attempts: int) -> None:
+def spread(storage: Storage, users: int) -> None:
+    """Give both serving tables as many buckets as so many users need, one table after the other."""
+    for spec in (USER_VECTORS, RECOMMENDATIONS):
+        buckets.spread(storage, spec, users)
+
+
+def merge_tail(storage: Storage, layout: Layout, attempts: int) -> None:
     """Merge what was committed but not merged before a crash; doing it needlessly changes nothing.
 
     Both tables follow `refreshes` in order, so whatever one of them misses is not older than its newest row, but for
@@ -126,7 +156,7 @@ def merge_tail(storage: Storage, width: int, attempts: int) -> None:
     times = [row[0] for row in reached if row is not None and row[0] is not None]
     if len(times) == 2:
         refreshes = refreshes.where(F.col("refreshed_at") >= F.lit(min(times) - CLOCK_SKEW))
-    merge(storage, newest([refreshes]), width, attempts)
+    merge(storage, Cut(newest([refreshes]), {}), layout, attempts)
 
 
 def newest(frames: Sequence[DataFrame]) -> DataFrame:
@@ -138,12 +168,12 @@ def newest(frames: Sequence[DataFrame]) -> DataFrame:
     return first.withColumn("_place", F.row_number().over(order)).where("_place = 1").drop("_place")
 
 
-def newest_committed(storage: Storage, commits: Sequence[Cut]) -> DataFrame:
+def newest_committed(storage: Storage, commits: Sequence[Cut]) -> Cut:
     """`newest` over what `commit` returned, without a job where all of it is on the driver."""
     tables = [each.table for each in commits if each.table is not None]
     if len(tables) == len(commits):
-        return Cut.of(storage.spark, newest_rows(tables), REFRESHES.schema, {}).rows
-    return newest([each.rows for each in commits])
+        return Cut.of(storage.spark, newest_rows(tables), REFRESHES.schema, {})
+    return Cut(newest([each.rows for each in commits]), {})
 
 
 def holders(storage: Storage, commits: Sequence[Cut], items: DataFrame) -> DataFrame:
@@ -153,22 +183,15 @@ def holders(storage: Storage, commits: Sequence[Cut], items: DataFrame) -> DataF
     """
     lists = storage.read(RECOMMENDATIONS).select("user_id", "item_id")
     if commits:
-        newer = newest_committed(storage, commits)
+        newer = newest_committed(storage, commits).rows
         others = lists.join(F.broadcast(newer.select("user_id")), "user_id", "left_anti")
         lists = others.unionByName(newer.select("user_id", F.explode("items.item_id").alias("item_id")))
     return lists.join(F.broadcast(items), "item_id", "left_semi").select("user_id")
 
 
-def list_width(storage: Storage, top_k: int) -> int:
-    """How many ranks a MERGE must write so that no longer list of an older setting keeps its end: at least top_k."""
-    if not storage.exists(RECOMMENDATIONS):
-        return top_k
-    row = storage.read(RECOMMENDATIONS).agg(F.max("rank")).first()
-    return max(top_k, row[0] or 0) if row is not None else top_k
-
-
 def list_rows(rows: DataFrame, width: int) -> DataFrame:
-    """Committed rows -> one row per user and rank 1..width; a rank behind the end of the list has no item."""
+    """Committed rows, with their bucket -> one row per user and rank 1..width; a rank behind the end of the list has no
+    item."""
     ranks = rows.select("*", F.explode(F.sequence(F.lit(1), F.lit(width))).alias("rank"))
     entry = F.get("items", F.col("rank") - 1)
     columns = [
@@ -177,24 +200,32 @@ def list_rows(rows: DataFrame, width: int) -> DataFrame:
     return ranks.select(*columns)
 
 
-def _merge_states(storage: Storage, rows: DataFrame) -> None:
+def _merge_states(storage: Storage, rows: Cut, layout: Layout) -> None:
+    source, where = _source(rows, layout.vectors)
     (
         storage.table(USER_VECTORS)
         .alias("t")
-        .merge(rows.select(*USER_VECTORS.schema.names).alias("s"), "t.user_id = s.user_id")
+        .merge(source.select(*USER_VECTORS.schema.names).alias("s"), f"{where} AND t.user_id = s.user_id")
         .whenMatchedUpdateAll(condition="s.revision > t.revision")
         .whenNotMatchedInsertAll()
         .execute()
     )
 
 
-def _merge_lists(storage: Storage, rows: DataFrame, width: int) -> None:
+def _merge_lists(storage: Storage, rows: Cut, layout: Layout) -> None:
+    source, where = _source(rows, layout.lists)
     (
         storage.table(RECOMMENDATIONS)
         .alias("t")
-        .merge(list_rows(rows, width).alias("s"), "t.user_id = s.user_id AND t.rank = s.rank")
+        .merge(list_rows(source, layout.width).alias("s"), f"{where} AND t.user_id = s.user_id AND t.rank = s.rank")
         .whenMatchedDelete(condition="s.revision > t.revision AND s.item_id IS NULL")
         .whenMatchedUpdateAll(condition="s.revision > t.revision")
         .whenNotMatchedInsertAll(condition="s.item_id IS NOT NULL")
         .execute()
     )
+
+
+def _source(rows: Cut, count: int) -> tuple[DataFrame, str]:
+    """The rows with their bucket, of `count`, and the condition that lets a MERGE skip files."""
+    users = None if rows.table is None else rows.table["user_id"]
+    return rows.rows.withColumn("bucket", buckets.bucket(F.col("user_id"), count)), buckets.condition(count, users)

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from delta.tables import DeltaTable
 from pyspark.errors import AnalysisException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame, DataFrameWriter, SparkSession
 
 from nightstream.errors import TableError
 from nightstream.settings import StorageSettings
@@ -105,10 +105,7 @@ class Storage:
         writer = rows.select(*spec.schema.names).write.format("delta").mode("append")
         if transaction is not None:
             writer = writer.option("txnAppId", transaction[0]).option("txnVersion", str(transaction[1]))
-        if self._by_name:
-            writer.saveAsTable(self.location(spec))
-        else:
-            writer.save(self.location(spec))
+        self._save(spec, writer)
 
     def overwrite(self, spec: TableSpec, rows: DataFrame, where: str | None = None) -> None:
         """Replace the whole table, or the rows that `where` selects, in one commit."""
@@ -116,16 +113,27 @@ class Storage:
         writer = rows.select(*spec.schema.names).write.format("delta").mode("overwrite")
         if where is not None:
             writer = writer.option("replaceWhere", where)
-        if self._by_name:
-            writer.saveAsTable(self.location(spec))
-        else:
-            writer.save(self.location(spec))
+        self._save(spec, writer)
+
+    def lay_out(self, spec: TableSpec, rows: DataFrame, partition: str | None) -> None:
+        """Replace the whole table, in one commit, by one that is partitioned by this column, or by none."""
+        writer = rows.select(*spec.schema.names).write.format("delta").mode("overwrite")
+        writer = writer.option("overwriteSchema", "true")
+        if partition is not None:
+            writer = writer.partitionBy(partition)
+        self._save(spec, writer)
 
     def table(self, spec: TableSpec) -> DeltaTable:
         self.create(spec)
         if self._by_name:
             return DeltaTable.forName(self.spark, self.location(spec))
         return DeltaTable.forPath(self.spark, self.location(spec))
+
+    def _save(self, spec: TableSpec, writer: DataFrameWriter) -> None:
+        if self._by_name:
+            writer.saveAsTable(self.location(spec))
+        else:
+            writer.save(self.location(spec))
 
     def with_retries(self, action: Callable[[], Result], attempts: int, what: str) -> Result:
         """Run a write again when a concurrent writer got ahead, `attempts` times at most, then raise its error.

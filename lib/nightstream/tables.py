@@ -20,6 +20,7 @@ _SMALL = (T.StringType, T.LongType, T.IntegerType, T.DoubleType, T.TimestampType
 _LONG_TEXTS = ("payload", "position", "title", "text", "reason", "settings", "history")
 _PERSONAL = ("user_id", "item_id", "because_item_id")
 _IDENTIFIERS = (*_PERSONAL, "event_id", "retracts", "raw_id", "kept_raw_id", "content_hash")
+_PARTITION = "bucket"  # Delta refuses statistics of it
 VECTOR = T.ArrayType(T.FloatType(), containsNull=False)
 CATEGORIES = T.MapType(STRING, T.ArrayType(STRING))
 NUMBERS = T.MapType(STRING, DOUBLE)
@@ -49,7 +50,7 @@ class TableSpec:
     def properties(self) -> dict[str, str]:
         """Delta table properties: no deletion vectors, which DuckDB and delta-rs cannot read, no identifiers in the
         column statistics, where they would outlive the deletion of their rows, and rarer checkpoints."""
-        silent = (*_IDENTIFIERS, *_LONG_TEXTS)
+        silent = (*_IDENTIFIERS, *_LONG_TEXTS, _PARTITION)
         told = [f.name for f in self.schema if isinstance(f.dataType, _SMALL) and f.name not in silent]
         statistics = {"delta.dataSkippingStatsColumns": ",".join(told)}
         if not told:
@@ -165,7 +166,10 @@ SEEN_OVERFLOW = TableSpec(
     _struct(user_id=STRING, item_id=STRING, event_time=TIME),
     ("user_id", "item_id", "event_time"),
 )
-USER_VECTORS = TableSpec("user_vectors", "one user: window, seen items, vector", _struct(**_STATE), ("user_id",))
+# bucket: see buckets.py.
+USER_VECTORS = TableSpec(
+    "user_vectors", "one user: window, seen items, vector", _struct(**_STATE, bucket=INT), ("user_id",)
+)
 RECOMMENDATIONS = TableSpec(
     "recommendations",
     "one user and rank: the serving table",
@@ -182,6 +186,7 @@ RECOMMENDATIONS = TableSpec(
         catalogue_version=STRING,
         as_of=TIME,
         refreshed_at=TIME,
+        bucket=INT,
     ),
     ("user_id", "rank"),
 )

@@ -153,12 +153,12 @@ class Bare:
         for spec in (USER_VECTORS, RECOMMENDATIONS, REFRESHES):
             shutil.copytree(Path(settings.storage.root) / spec.name, folder / "tables" / spec.name)
         self.storage = Storage(spark, settings.storage.model_copy(update={"root": str(folder / "tables")}))
-        self.width = serving.list_width(self.storage, settings.serving.top_k)
+        self.layout = serving.Layout.of(self.storage, settings.serving.top_k)
 
     def seconds(self, rows: Cut) -> tuple[float, float]:
         """Of an append to `refreshes`, and of the two MERGEs side by side."""
         begun = time.monotonic()
         self.storage.append(REFRESHES, rows.rows)
         appended = time.monotonic()
-        serving.merge(self.storage, serving.newest_committed(self.storage, [rows]), self.width, 1)
+        serving.merge(self.storage, serving.newest_committed(self.storage, [rows]), self.layout, 1)
         return appended - begun, time.monotonic() - appended

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nightstream import settings
+from nightstream import buckets, settings
 from nightstream.settings import Settings
 from nightstream.steps import apply, ingest, publish, train
 from nightstream.storage import Storage
@@ -119,13 +119,10 @@ def enlarged(spark: SparkSession, origin: Settings, folder: Path, users: int) ->
         }
         return each.withColumns(renamed).drop("_copy").repartition(files)
 
-    for spec, names in (
-        (USER_VECTORS, ("user_id",)),
-        (RECOMMENDATIONS, ("user_id",)),
-        (EVENTS, ("user_id", "event_id")),
-    ):
-        rows = storage.read(spec).where("user_id <> '*'") if spec is not EVENTS else storage.read(spec)
-        storage.overwrite(spec, multiplied(rows, *names))
+    for spec in (USER_VECTORS, RECOMMENDATIONS):
+        rows = storage.read(spec).where("user_id <> '*'")
+        buckets.lay_out(storage, spec, multiplied(rows, "user_id"), buckets.wanted(users))
+    storage.overwrite(EVENTS, multiplied(storage.read(EVENTS), "user_id", "event_id"))
     # What was shown before the measurement plays no part in it.
     storage.overwrite(REFRESHES, storage.read(REFRESHES).limit(0))
     return made

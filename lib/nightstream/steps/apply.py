@@ -31,7 +31,7 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, A
     held = Lease(storage, this_process(), KIND, serving_settings.lease_seconds, attempts, wait=True)
     try:
         with held:
-            serving.merge_tail(storage, serving.list_width(storage, serving_settings.top_k), attempts)
+            serving.merge_tail(storage, serving.Layout.of(storage, serving_settings.top_k), attempts)
             version = registry.published(storage).model_version
             payload = catalogue.load_payload(storage, version)
             # A model that goes on serving, or serves again, has not met what is newer than it among the items.

@@ -1,0 +1,96 @@
+"""A table spread over buckets holds the same rows, and a MERGE leaves the files of other users alone."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable
+from nightstream import buckets, serving
+from nightstream.serving import Layout
+from nightstream.tables import RECOMMENDATIONS, REFRESHED, USER_VECTORS
+from pyspark.sql import functions as F
+
+AT = datetime(2024, 5, 1, tzinfo=UTC)
+TABLES = (USER_VECTORS, RECOMMENDATIONS)
+USERS = [f"u{n}" for n in range(32)]
+
+
+def merged(storage, number, lists, layout, on_driver=True):
+    """Commit and MERGE the lists (user -> revision, items)."""
+    rows = []
+    for user, (revision, items) in lists.items():
+        entries = [(n + 1, item, 1.0, "sequence", "why", None) for n, item in enumerate(items)]
+        rows.append((user, revision, [], [], False, [float(revision)], "m1", "c1", AT, entries, []))
+    frame = storage.spark.createDataFrame(rows, REFRESHED)
+    settled = serving.settled(frame, limit=100 if on_driver else 0)
+    serving.merge(storage, serving.commit(storage, settled, "test", number, AT), layout, 1)
+
+
+def held(storage):
+    rows = storage.read(RECOMMENDATIONS).orderBy("user_id", "rank").collect()
+    states = {(r.user_id, r.revision) for r in storage.read(USER_VECTORS).collect()}
+    assert {(r.user_id, r.revision) for r in rows} == states
+    return [(r.user_id, r.rank, r.item_id, r.revision) for r in rows]
+
+
+def files(storage, spec):
+    """File -> its users."""
+    rows = storage.read(spec).select(F.col("_metadata.file_name").alias("file"), "user_id").distinct().collect()
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        found.setdefault(row.file, set()).add(row.user_id)
+    return found
+
+
+def test_buckets_follow_the_users(monkeypatch):
+    monkeypatch.setattr(buckets, "USERS_PER_BUCKET", 128)
+    monkeypatch.setattr(buckets, "FEWEST_BUCKETS", 32)
+    counts = {0: 1, 943: 1, 4095: 1, 4096: 32, 8191: 32, 8192: 64, 100_000: 512, 10**9: 4096}
+    assert {users: buckets.wanted(users) for users in counts} == counts
+
+
+def test_spark_and_python_agree_on_the_bucket(spark):
+    users = ["", "u1", "Jürgen", "名前", "🙂", "x" * 500]
+    rows = spark.createDataFrame(pa.table({"user_id": users})).select(
+        "user_id", buckets.bucket(F.col("user_id"), 97).alias("bucket")
+    )
+    assert {r.user_id: r.bucket for r in rows.collect()} == {u: buckets.bucket_of(u, 97) for u in users}
+
+
+@pytest.mark.parametrize("on_driver", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_merge_into_buckets_leaves_other_files_alone_and_loses_nothing(storage, on_driver):
+    merged(storage, 0, {user: (1, ["a", "b"]) for user in USERS}, Layout(2))
+    before = held(storage)
+    serving.spread(storage, len(USERS))
+    layout = Layout.of(storage, 2)
+    assert layout == Layout(2, 4, 4)
+    assert held(storage) == before
+    laid = {spec.name: files(storage, spec) for spec in TABLES}
+    assert all(len(found) > 1 for found in laid.values())
+    # Nothing changes, nothing is written.
+    versions = [storage.version(spec) for spec in TABLES]
+    serving.spread(storage, len(USERS))
+    assert [storage.version(spec) for spec in TABLES] == versions
+
+    merged(storage, 1, {"u1": (2, ["c"]), "new": (1, ["d", "e"])}, layout, on_driver)
+    kept = [row for row in before if row[0] != "u1"]
+    assert held(storage) == sorted([*kept, ("u1", 1, "c", 2), ("new", 1, "d", 1), ("new", 2, "e", 1)])
+    for spec in TABLES:
+        after = files(storage, spec)
+        for file, users in laid[spec.name].items():
+            assert (file in after) == ("u1" not in users)
+        # The same for readers without Spark.
+        rows = DeltaTable(storage.location(spec)).to_pyarrow_table(columns=["user_id", "bucket"])
+        assert {(u, b) for u, b in zip(*rows.to_pydict().values(), strict=True)} == {
+            (u, buckets.bucket_of(u, 4)) for u in (*USERS, "new")
+        }
+    # A smaller table goes back into one piece.
+    now = held(storage)
+    serving.spread(storage, 2)
+    assert Layout.of(storage, 2) == Layout(2)
+    assert held(storage) == now
+    merged(storage, 3, {"u2": (2, ["z"])}, Layout.of(storage, 2), on_driver)
+    assert ("u2", 1, "z", 2) in held(storage)
+    assert ("u2", 2) not in {(user, rank) for user, rank, *_ in held(storage)}
