@@ -43,3 +43,21 @@ def test_json_there_and_back_and_nonsense_is_refused() -> None:
     for text in ("", "{}", "[1]"):
         with pytest.raises(ArtifactError, match="linear"):
             Linear.from_json(text)
+
+
+def test_a_term_that_stands_still_but_for_rounding_has_no_weight() -> None:
+    features, labels, sizes = drawn([1.0, 0.5, 0.2], groups=200)
+    features[:, 1] = 0.7 + 1e-7 * np.random.default_rng(1).normal(size=len(features))
+    linear = fit_linear(features, labels, sizes, np.arange(3), np.zeros(3, bool))
+    elsewhere = features.copy()
+    elsewhere[:, 1] = 1.4
+    np.testing.assert_array_equal(linear.score(elsewhere), linear.score(features))
+    assert linear.weights[0] > 0.5
+
+
+def test_what_lies_far_from_all_that_was_learnt_from_does_not_rule_the_score() -> None:
+    features, labels, sizes = drawn([1.0, 0.5, 0.2], groups=200)
+    linear = fit_linear(features, labels, sizes, np.arange(3), np.zeros(3, bool))
+    far = np.concatenate([features[:1], features[:1]])
+    far[:, 2] = 20, 2_000
+    np.testing.assert_array_equal(linear.score(far)[0], linear.score(far)[1])

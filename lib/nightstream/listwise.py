@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import minimize
@@ -11,11 +11,15 @@ from scipy.optimize import minimize
 from nightstream.errors import ArtifactError
 
 LOG_FLOOR = 1e-3
+# Standard deviations. What serves may lie further from what was learnt from than a weight was learnt for.
+FURTHEST = 8.0
+STILL = 1e-5  # standard deviation below which a term says nothing: what moves it is rounding
 
 
 @dataclass(frozen=True)
 class Linear:
-    """score = Σ weights · (term − mean) / scale over T terms; a term is a column of the features, or its logarithm.
+    """score = Σ weights · (term − mean) / scale over T terms, each standardised term within ±FURTHEST; a term is a
+    column of the features, or its logarithm.
 
     columns: int [T]. logs: bool [T]. mean, scale, weights: float64 [T].
     """
@@ -28,7 +32,8 @@ class Linear:
 
     def terms(self, features: np.ndarray) -> np.ndarray:
         """float64 [N, T] standardised terms of features [N, F]."""
-        return np.asarray((_raw_terms(features, self.columns, self.logs) - self.mean) / self.scale)
+        terms = (_raw_terms(features, self.columns, self.logs) - self.mean) / self.scale
+        return np.asarray(np.clip(terms, -FURTHEST, FURTHEST))
 
     def score(self, features: np.ndarray) -> np.ndarray:
         """float32 [N]. Summed term by term, since a matrix product's last bits depend on the number of rows."""
@@ -73,10 +78,13 @@ def fit_linear(
     """The weights of highest likelihood under a softmax over each group (ListNet's top-one model; Cao et al., 2007).
 
     features: [N, F]; labels: [N], exactly one 1 per group; sizes: int [G], none of them 0, groups one after another.
+    A term that stands still in all of them has no weight.
     """
-    terms = _raw_terms(features, columns, logs)
-    mean, scale = terms.mean(0), terms.std(0) + 1e-9
-    terms = (terms - mean) / scale
+    raw = _raw_terms(features, columns, logs)
+    mean, scale = raw.mean(0), raw.std(0)
+    still = scale < STILL
+    unweighted = Linear(columns, logs, mean, np.where(still, 1.0, scale), np.zeros(len(columns)))
+    terms = np.where(still, 0.0, unweighted.terms(features))
     starts = np.cumsum(sizes) - sizes
     owner = np.repeat(np.arange(len(sizes)), sizes)
     wanted = terms[labels > 0].mean(0)
@@ -91,4 +99,4 @@ def fit_linear(
         return value, terms.T @ share / len(sizes) - wanted + 2 * l2 * weights
 
     found = minimize(loss, np.zeros(len(columns)), jac=True, method="L-BFGS-B", options={"maxiter": 200})
-    return Linear(columns, logs, mean, scale, np.asarray(found.x))
+    return replace(unweighted, weights=np.asarray(found.x))

@@ -30,7 +30,8 @@ class Prepared:
 
     to_vocabulary: int64 [M + 1], vocabulary row of each catalogue row, 0 for an item the model has not met.
     identity: whether catalogue and vocabulary are the same rows. padded_members: float32 [M + 1, D_m] per ensemble
-    member, unit vectors, row 0 zero. names, weights: of the members. log_popularity, log_trend: float32 [M].
+    member, unit vectors, row 0 zero. names, weights: of the members. log_popularity, log_trend: float32 [M], of shares
+    plus the floor.
     """
 
     catalogue: Catalogue
@@ -41,6 +42,7 @@ class Prepared:
     padded_members: tuple[np.ndarray, ...]
     log_popularity: np.ndarray
     log_trend: np.ndarray
+    floor: np.float32
 
     def columns(self, scores: np.ndarray) -> np.ndarray:
         """[B, M] from [B, V + 1]: vocabulary scores as catalogue scores, 0 for items the model has not met."""
@@ -62,7 +64,7 @@ def prepare(
         part = unit(catalogue.vectors[:, start : start + width])
         tables.append(np.concatenate([np.zeros((1, width), np.float32), part]))
         start += width
-    floor = 0.1 / max(1, len(catalogue))
+    floor = np.float32(0.1 / max(1, len(catalogue)))
     return Prepared(
         catalogue,
         to_vocabulary,
@@ -72,6 +74,7 @@ def prepare(
         tuple(tables),
         np.log(np.where(rows > 0, sources.popularity[rows], 0) + floor).astype(np.float32),
         np.log(np.where(rows > 0, sources.trend[rows], 0) + floor).astype(np.float32),
+        floor,
     )
 
 
@@ -190,7 +193,7 @@ def features(scores: Scores, table: Prepared, windows: Windows, columns: np.ndar
     for values in (covisitation, knn):
         out += [values, values / np.maximum(highest(values), 1e-12), place(values)]
     out += [popularity, table.log_trend[at] - popularity]
-    out += [np.log(take(scores.segment) + np.exp(table.log_popularity.min())) - popularity]
+    out += [np.log(take(scores.segment) + table.floor) - popularity]
     out += [np.broadcast_to((windows.items > 0).sum(1, keepdims=True), at.shape)]
     for member in scores.members:
         values = take(member)
