@@ -15,8 +15,9 @@ from nightstream.tables import TableSpec
 
 log = logging.getLogger(__name__)
 
-# Copying so many users costs about as much as opening and closing one file more.
-USERS_PER_BUCKET = 128
+# One file more costs about as much as copying some 250 users: a MERGE about a few of them is far cheaper than without
+# buckets, and one about all of them never half again as dear.
+USERS_PER_BUCKET = 512
 # Smaller tables stay whole.
 FEWEST_BUCKETS, MOST_BUCKETS = 32, 4096
 
