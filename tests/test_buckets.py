@@ -45,9 +45,9 @@ def files(storage, spec):
 
 
 def test_buckets_follow_the_users(monkeypatch):
-    monkeypatch.setattr(buckets, "USERS_PER_BUCKET", 512)
-    monkeypatch.setattr(buckets, "FEWEST_BUCKETS", 32)
-    counts = {0: 1, 943: 1, 16_383: 1, 16_384: 32, 32_767: 32, 32_768: 64, 100_000: 128, 10**9: 4096}
+    monkeypatch.setattr(buckets, "USERS_PER_BUCKET", 128)
+    monkeypatch.setattr(buckets, "FEWEST_BUCKETS", 2048)
+    counts = {0: 1, 943: 1, 262_143: 1, 262_144: 2048, 524_287: 2048, 10**6: 4096, 10**9: 8192}
     assert {users: buckets.wanted(users) for users in counts} == counts
 
 

@@ -15,11 +15,11 @@ from nightstream.tables import TableSpec
 
 log = logging.getLogger(__name__)
 
-# One file more costs about as much as copying some 250 users: a MERGE about a few of them is far cheaper than without
-# buckets, and one about all of them never half again as dear.
-USERS_PER_BUCKET = 512
-# Smaller tables stay whole.
-FEWEST_BUCKETS, MOST_BUCKETS = 32, 4096
+# A file more costs a MERGE about as much as copying so many users.
+USERS_PER_BUCKET = 128
+# Smaller tables stay whole: copying all of one takes a MERGE hardly longer than opening and closing a file for each of
+# some hundred users, and a MERGE about many users touches all buckets.
+FEWEST_BUCKETS, MOST_BUCKETS = 2048, 8192
 
 
 def wanted(users: int) -> int:
