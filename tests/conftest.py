@@ -41,7 +41,7 @@ def spark(tmp_path_factory):
 def buckets_of_few_users():
     """The tables of the small world are spread over buckets, as those of many users are."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(buckets, "USERS_PER_BUCKET", 8)
+        patch.setattr(buckets, "USERS_PER_BUCKET", 16)
         patch.setattr(buckets, "FEWEST_BUCKETS", 2)
         yield
 

@@ -14,7 +14,7 @@ from pyspark.sql import functions as F
 
 AT = datetime(2024, 5, 1, tzinfo=UTC)
 TABLES = (USER_VECTORS, RECOMMENDATIONS)
-USERS = [f"u{n}" for n in range(32)]
+USERS = [f"u{n}" for n in range(64)]
 
 
 def merged(storage, number, lists, layout, on_driver=True):
@@ -59,7 +59,8 @@ def test_spark_and_python_agree_on_the_bucket(spark):
     assert {r.user_id: r.bucket for r in rows.collect()} == {u: buckets.bucket_of(u, 97) for u in users}
 
 
-@pytest.mark.parametrize("on_driver", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("on_driver", [True, False])
 def test_a_merge_into_buckets_leaves_other_files_alone_and_loses_nothing(storage, on_driver):
     merged(storage, 0, {user: (1, ["a", "b"]) for user in USERS}, Layout(2))
     before = held(storage)
