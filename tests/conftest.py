@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import world
-from nightstream import buckets, session
+from nightstream import session
 from nightstream.settings import Settings, load, validate
 from nightstream.steps import nightly
 from nightstream.storage import Storage
@@ -35,15 +35,6 @@ def spark(tmp_path_factory):
     )
     yield session_
     session_.stop()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def buckets_of_few_users():
-    """The tables of the small world are spread over buckets, as those of many users are."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(buckets, "USERS_PER_BUCKET", 16)
-        patch.setattr(buckets, "FEWEST_BUCKETS", 2)
-        yield
 
 
 @pytest.fixture

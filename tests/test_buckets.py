@@ -44,9 +44,14 @@ def files(storage, spec):
     return found
 
 
-def test_buckets_follow_the_users(monkeypatch):
-    monkeypatch.setattr(buckets, "USERS_PER_BUCKET", 128)
-    monkeypatch.setattr(buckets, "FEWEST_BUCKETS", 2048)
+@pytest.fixture
+def few_users(monkeypatch):
+    """Tables of a few dozen users are spread, too."""
+    monkeypatch.setattr(buckets, "USERS_PER_BUCKET", 16)
+    monkeypatch.setattr(buckets, "FEWEST_BUCKETS", 2)
+
+
+def test_buckets_follow_the_users():
     counts = {0: 1, 943: 1, 262_143: 1, 262_144: 2048, 524_287: 2048, 10**6: 4096, 10**9: 8192}
     assert {users: buckets.wanted(users) for users in counts} == counts
 
@@ -61,7 +66,7 @@ def test_spark_and_python_agree_on_the_bucket(spark):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("on_driver", [True, False])
-def test_a_merge_into_buckets_leaves_other_files_alone_and_loses_nothing(storage, on_driver):
+def test_a_merge_into_buckets_leaves_other_files_alone_and_loses_nothing(storage, few_users, on_driver):
     merged(storage, 0, {user: (1, ["a", "b"]) for user in USERS}, Layout(2))
     before = held(storage)
     serving.spread(storage, len(USERS))
