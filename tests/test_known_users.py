@@ -12,7 +12,7 @@ from nightstream.known_rows import KnownRows
 from nightstream.known_users import KnownUsers
 from nightstream.serving import commit, settled_table
 from nightstream.storage import Storage
-from nightstream.tables import REFRESHED, USER_VECTORS, USERS
+from nightstream.tables import REFRESHED, REFRESHES, USER_VECTORS, USERS
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 
@@ -64,8 +64,9 @@ def test_a_commit_counts_before_it_is_merged_and_changed_attributes_do(spark, ni
     storage, _ = night("known")
     known, _ = asked_and_known(storage)
     state = storage.read(USER_VECTORS).where("user_id = 'u000'")
-    nothing = {name: F.array().cast(REFRESHED[name].dataType) for name in ("items", "overflow")}
-    newer = state.withColumns({"revision": F.col("revision") + 1, **nothing})
+    newer = state.withColumns(
+        {"revision": F.col("revision") + 1, "items": F.array().cast(REFRESHES.schema["items"].dataType)}
+    ).withColumn("overflow", F.col("seen").cast(REFRESHED["overflow"].dataType))
     table = newer.select(*REFRESHED.names).toArrow().cast(to_arrow_schema(REFRESHED, timezone="UTC"))
     known.committed(commit(storage, settled_table(spark, table), "test", 0, datetime.now(UTC)))
     before, after = (state.first().revision, known.of(SOME, [], 100)[0])
