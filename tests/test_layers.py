@@ -131,6 +131,7 @@ def test_the_driver_and_the_executors_refresh_alike(spark, night, tmp_path, monk
     assert_same(found[0], state_of(found[1]))
 
 
+@pytest.mark.slow
 def test_a_micro_batch_that_refreshes_nobody_is_committed_all_the_same(spark, night, tmp_path):
     storage, settings = night("nobody")
     layer = speed_layer(storage, settings)
@@ -141,6 +142,7 @@ def test_a_micro_batch_that_refreshes_nobody_is_committed_all_the_same(spark, ni
     assert storage.read(REFRESHES).where("writer = 'stream one'").count() == 1
 
 
+@pytest.mark.slow
 def test_commits_of_driver_and_executors_are_merged_together(spark, night, tmp_path, monkeypatch):
     storage, settings = night("mixed")
     layer = speed_layer(storage, settings)
@@ -200,6 +202,7 @@ def test_an_item_that_was_taken_back_after_it_overflowed_can_be_recommended_agai
     assert state_of(storage)[1]["u000"] == listed
 
 
+@pytest.mark.slow
 def test_a_late_merge_hides_no_commit_from_the_next_micro_batch(spark, night, tmp_path, monkeypatch):
     storage, settings = night("late")
     rows, held = live_events(), threading.Event()

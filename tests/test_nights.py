@@ -33,6 +33,7 @@ def test_applied_again_it_commits_what_it_merges(spark, night):
     assert_merged(storage)
 
 
+@pytest.mark.slow
 def test_a_stream_that_starts_before_a_night_has_applied_folds_in_what_that_recorded(spark, night, tmp_path):
     """The night died, or trains still, after its ingest: the stream has the lease from now on."""
     storage, settings = night("ingested")

@@ -122,6 +122,7 @@ def test_without_a_model_it_says_what_to_run(spark, settings):
         serve.run(spark, settings, until_idle=True)
 
 
+@pytest.mark.slow
 def test_the_clock_of_a_commit_is_the_wall_clock(spark, night):
     storage, settings = night("clock")
     begun = datetime.now(UTC)
