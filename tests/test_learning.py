@@ -146,7 +146,7 @@ def test_an_empty_window_has_a_zero_vector_and_a_list_by_popularity(model: Model
     assert not lists.vectors.any()
     assert {STRATEGIES[s] for s in lists.strategies[0]} <= {"popular", "segment_popular"}
     assert not lists.because.any()
-    share = model.sources.segment_scores(two_kinds_of_users(1))[0, 1:]
+    share = model.sources.segment_scores(two_kinds_of_users(1), np.arange(1, ITEMS + 1)[None, :])[0]
     assert lists.rows[0, 0] == share.argmax() + 1
 
 

@@ -14,6 +14,7 @@ from nightstream.retrieval import (
     fit_sources,
     item_knn,
     strongest,
+    strongest_columns,
 )
 from scipy import sparse
 
@@ -64,6 +65,15 @@ def test_strongest_keeps_the_greatest_and_of_equals_the_lower_column() -> None:
     assert strongest(matrix, 2).toarray().tolist() == [[0, 3, 3, 0], [0, 0, 5, 4]]
 
 
+def test_strongest_columns_are_eligible_and_of_equals_the_lower() -> None:
+    matrix = sparse.csr_matrix(
+        np.array([[1.0, 3.0, 3.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 5.0, 0.0, 0.0]])
+    )
+    eligible = np.ones((3, 5), bool)
+    eligible[0, 4] = False
+    assert strongest_columns(matrix, eligible, 2).tolist() == [[1, 2], [-1, -1], [2, -1]]
+
+
 def test_an_event_counts_half_after_one_half_life() -> None:
     times = np.array([0, 10 * MICROSECONDS_PER_DAY], np.int64)
     shares = decayed_shares(np.array([1, 2]), times, 4, 10.0)
@@ -78,10 +88,11 @@ def test_a_segment_prefers_what_its_users_take() -> None:
     users = UserFeatures(np.zeros((40, 0), np.float32), (half[:, None],), (4,))
     sequences = type(sequences)(**{**vars(sequences), "users": users})
     sources = fit_sources(sequences, 30, (TRAIN,), SourceSizes(prior_events=10))
-    scores = sources.segment_scores(users.take(np.array([0, 39])))
+    everything = np.broadcast_to(np.arange(31), (2, 31))
+    scores = sources.segment_scores(users.take(np.array([0, 39])), everything)
     assert scores[0].argmax() in range(1, 13)
     assert scores[1].argmax() in range(13, 25)
-    plain = sources.segment_scores(no_users(1))[0]
+    plain = sources.segment_scores(no_users(1), everything[:1])[0]
     np.testing.assert_allclose(plain, sources.popularity)
 
 
@@ -92,7 +103,9 @@ def test_neighbour_scores_are_the_weighted_sum_over_the_window() -> None:
     assert weights.tolist() == pytest.approx([0, 0.85**2, 0.85, 1])
     dense = sources.covisitation.toarray()
     expected = weights[1] * dense[3] + (weights[2] + weights[3]) * dense[8]
-    np.testing.assert_allclose(sources.neighbour_scores(windows, sources.covisitation)[0], expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        sources.neighbour_scores(windows, sources.covisitation).toarray()[0], expected, rtol=1e-5
+    )
 
 
 def test_arrays_there_and_back_and_a_missing_one_is_named() -> None:
@@ -102,8 +115,8 @@ def test_arrays_there_and_back_and_a_missing_one_is_named() -> None:
     windows = np.array([[0, 3, 8, 9]])
     for name in ("covisitation", "knn"):
         np.testing.assert_array_equal(
-            again.neighbour_scores(windows, getattr(again, name)),
-            sources.neighbour_scores(windows, getattr(sources, name)),
+            again.neighbour_scores(windows, getattr(again, name)).toarray(),
+            sources.neighbour_scores(windows, getattr(sources, name)).toarray(),
         )
     with pytest.raises(ArtifactError, match="trend"):
         Sources.from_arrays({k: v for k, v in arrays.items() if k != "trend"})

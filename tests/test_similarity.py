@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nightstream.similarity import BLOCK, best_columns, cosine, top_k, unit
+from nightstream.similarity import BLOCK, best_columns, best_unordered, cosine, top_k, unit
 
 
 def test_cosine_of_the_articles_example_is_what_the_formula_gives_and_not_what_the_article_prints() -> None:
@@ -25,6 +25,17 @@ def test_best_columns_equals_a_full_sort_with_ties_to_the_lower_column(seed: int
     scores = np.random.default_rng(seed).integers(0, 3, (4, items)).astype(np.float32)
     expected = [sorted(range(items), key=lambda c: (-row[c], c))[:k] for row in scores]
     assert best_columns(scores, k).tolist() == expected
+
+
+@pytest.mark.parametrize(("items", "k"), [(5, 5), (200, 20), (1_000, 60), (1_003, 20), (5_000, 60)])
+def test_best_unordered_holds_the_k_highest(items: int, k: int) -> None:
+    scores = np.random.default_rng(items).normal(size=(7, items)).astype(np.float32)
+    scores[2, k // 2 :] = -np.inf
+    scores[3] = 1.0
+    found = best_unordered(scores, k)
+    expected = -np.sort(-scores, axis=1)[:, :k]
+    np.testing.assert_array_equal(-np.sort(-np.take_along_axis(scores, found, 1), axis=1), expected)
+    assert all(len(set(row)) == k for row in found.tolist())
 
 
 def test_top_k_leaves_out_seen_and_unavailable_items_and_pads_with_row_zero() -> None:

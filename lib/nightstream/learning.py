@@ -151,7 +151,7 @@ def labelled_groups(model: Model, sequences: Sequences, catalogue: Catalogue, ta
         table = model.table(catalogue)
         scores = score_block(windows, vectors, table, model.sources, True)
         columns = candidates(scores, table, 0)
-        values = features(scores, table, windows, columns)
+        values = features(scores, table, windows, model.sources, columns)
         valid = columns >= 0
         rows.append(values[valid])
         labels.append((columns == sequences.items[part][:, None] - 1)[valid])

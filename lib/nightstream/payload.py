@@ -91,7 +91,8 @@ def decode_catalogue(content: bytes) -> tuple[Catalogue, pa.Array]:
     ids = combined(table["item_id"])
     vectors = combined(table["vector"])
     width = len(vectors.flatten()) // max(len(vectors), 1)
-    matrix = np.asarray(vectors.flatten(), dtype=np.float32).reshape(len(vectors), width)
+    # A copy, because torch takes none but writable arrays.
+    matrix = np.array(vectors.flatten(), dtype=np.float32).reshape(len(vectors), width)
     titles = [title or item for title, item in zip(table["title"].to_pylist(), ids.to_pylist(), strict=True)]
     available = np.asarray(combined(table["available"]).to_numpy(zero_copy_only=False), dtype=bool)
     return Catalogue(ids.to_pylist(), matrix, available, titles), ids

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy import sparse
 
 from nightstream.blocks import Catalogue, Lists, Windows
 from nightstream.explain import STRATEGIES, strongest_event, strongest_group
 from nightstream.ranking import Ranker, feature_groups
-from nightstream.retrieval import Sources
-from nightstream.similarity import best_columns, exclude, unit
+from nightstream.retrieval import Sources, strongest_columns
+from nightstream.similarity import best_columns, best_unordered, exclude, unit
 
 ENSEMBLE_CANDIDATES = 60
 MEMBER_CANDIDATES = 30
@@ -29,24 +30,32 @@ class Prepared:
     """What a catalogue of M items and a model have in common, computed once.
 
     to_vocabulary: int64 [M + 1], vocabulary row of each catalogue row, 0 for an item the model has not met.
-    identity: whether catalogue and vocabulary are the same rows. padded_members: float32 [M + 1, D_m] per ensemble
+    from_vocabulary: int64 [V + 1], catalogue column of each vocabulary row, −1 for an item that is not in it.
+    withdrawn: int64 [W], columns of the items that are not available. padded_members: float32 [M + 1, D_m] per ensemble
     member, unit vectors, row 0 zero. names, weights: of the members. log_popularity, log_trend: float32 [M], of shares
-    plus the floor.
+    plus the floor. by_popularity, by_trend: int64 [M], columns from the greatest share down.
     """
 
     catalogue: Catalogue
     to_vocabulary: np.ndarray
-    identity: bool
+    from_vocabulary: np.ndarray
+    withdrawn: np.ndarray
     names: tuple[str, ...]
     weights: tuple[float, ...]
     padded_members: tuple[np.ndarray, ...]
     log_popularity: np.ndarray
     log_trend: np.ndarray
+    by_popularity: np.ndarray
+    by_trend: np.ndarray
     floor: np.float32
 
-    def columns(self, scores: np.ndarray) -> np.ndarray:
-        """[B, M] from [B, V + 1]: vocabulary scores as catalogue scores, 0 for items the model has not met."""
-        return scores[:, 1:] if self.identity else scores[:, self.to_vocabulary[1:]]
+    def columns(self, scores: sparse.csr_matrix) -> sparse.csr_matrix:
+        """CSR [B, M] from [B, V + 1]: scores by vocabulary row as scores by catalogue column, in ascending columns."""
+        columns = self.from_vocabulary[scores.indices]
+        owner = np.repeat(np.arange(scores.shape[0]), np.diff(scores.indptr))
+        here = columns >= 0
+        parts = (scores.data[here], (owner[here], columns[here]))
+        return sparse.csr_matrix(parts, (scores.shape[0], len(self.catalogue)))
 
 
 def prepare(
@@ -64,16 +73,23 @@ def prepare(
         part = unit(catalogue.vectors[:, start : start + width])
         tables.append(np.concatenate([np.zeros((1, width), np.float32), part]))
         start += width
+    from_vocabulary = np.full(len(sources.popularity), -1)
+    from_vocabulary[rows] = np.arange(len(rows))
+    from_vocabulary[0] = -1
     floor = np.float32(0.1 / max(1, len(catalogue)))
+    popularity, trend = (np.where(rows > 0, s[rows], 0) for s in (sources.popularity, sources.trend))
     return Prepared(
         catalogue,
         to_vocabulary,
-        len(row_of) == len(catalogue) and bool((rows == np.arange(1, len(rows) + 1)).all()),
+        from_vocabulary,
+        np.flatnonzero(~catalogue.available),
         tuple(name for name, _, _ in members),
         tuple(weight for _, _, weight in members),
         tuple(tables),
-        np.log(np.where(rows > 0, sources.popularity[rows], 0) + floor).astype(np.float32),
-        np.log(np.where(rows > 0, sources.trend[rows], 0) + floor).astype(np.float32),
+        np.log(popularity + floor).astype(np.float32),
+        np.log(trend + floor).astype(np.float32),
+        np.argsort(-popularity, kind="stable"),
+        np.argsort(-trend, kind="stable"),
         floor,
     )
 
@@ -90,52 +106,40 @@ def empty_lists(users: int, k: int, width: int) -> Lists:
 
 @dataclass(frozen=True)
 class Scores:
-    """Every source's opinion of every catalogue item, float32 [B, M] each; eligible: bool [B, M]."""
+    """What is known of every catalogue item before candidates are chosen.
 
-    members: tuple[np.ndarray, ...]
+    ensemble, members: float32 [B, M], cosines; −inf at what a user may not get. covisitation, knn: CSR [B, M].
+    """
+
     ensemble: np.ndarray
-    covisitation: np.ndarray
-    knn: np.ndarray
-    segment: np.ndarray
-    last: np.ndarray
-    recent: np.ndarray
-    eligible: np.ndarray
+    members: tuple[np.ndarray, ...]
+    covisitation: sparse.csr_matrix
+    knn: sparse.csr_matrix
 
 
 def score_block(windows: Windows, vectors: np.ndarray, table: Prepared, sources: Sources, full: bool) -> Scores:
     """vectors: [B, D] user vectors. full: whether the ranker's sources are wanted too (they stay empty otherwise)."""
-    count, items = len(windows), len(table.catalogue)
-    eligible = np.broadcast_to(table.catalogue.available, (count, items)).copy()
-    blocked = np.zeros((count, items), np.float32)
-    exclude(blocked, windows.seen, windows.seen_offsets)
-    eligible &= blocked == 0
-    ensemble = vectors @ table.catalogue.vectors.T
-    segment = table.columns(sources.segment_scores(windows.users))
+
+    def cosines(users: np.ndarray, items: np.ndarray) -> np.ndarray:
+        # numpy's BLAS has threads of its own, which get into each other's way where blocks are computed side by side.
+        found = (torch.from_numpy(users) @ torch.from_numpy(items).T).numpy()
+        found[:, table.withdrawn] = -np.inf
+        exclude(found, windows.seen, windows.seen_offsets)
+        return np.asarray(found)
+
+    ensemble = cosines(vectors, table.catalogue.vectors)
     if not full:
-        nothing = np.zeros((count, 0), np.float32)
-        return Scores((), ensemble, nothing, nothing, segment, nothing, nothing, eligible)
-    known = table.to_vocabulary[windows.items]
+        nothing = sparse.csr_matrix(ensemble.shape, dtype=np.float32)
+        return Scores(ensemble, (), nothing, nothing)
     members = []
-    last = np.zeros_like(ensemble)
-    recent = np.zeros_like(ensemble)
     start = 0
-    for weight, padded in zip(table.weights, table.padded_members, strict=True):
+    for padded in table.padded_members:
         width = padded.shape[1]
-        members.append(unit(vectors[:, start : start + width]) @ padded[1:].T)
-        window = padded[windows.items[:, -RECENT_EVENTS:]]
-        last += np.float32(weight) * (window[:, -1] @ padded[1:].T)
-        recent += np.float32(weight) * (unit(window.sum(1)) @ padded[1:].T)
+        members.append(cosines(unit(vectors[:, start : start + width]), padded[1:]))
         start += width
-    return Scores(
-        tuple(members),
-        ensemble,
-        table.columns(sources.neighbour_scores(known, sources.covisitation)),
-        table.columns(sources.neighbour_scores(known, sources.knn)),
-        segment,
-        last,
-        recent,
-        eligible,
-    )
+    known = table.to_vocabulary[windows.items]
+    neighbours = (table.columns(sources.neighbour_scores(known, m)) for m in (sources.covisitation, sources.knn))
+    return Scores(ensemble, tuple(members), *neighbours)
 
 
 def candidates(scores: Scores, table: Prepared, k: int) -> np.ndarray:
@@ -143,40 +147,46 @@ def candidates(scores: Scores, table: Prepared, k: int) -> np.ndarray:
 
     At least k of them come by the ensemble alone, so that no list is shorter than it could be.
     """
-    items = scores.eligible.shape[1]
-    parts = []
-    popular = np.broadcast_to(table.log_popularity, scores.eligible.shape)
-    trend = np.broadcast_to(table.log_trend, scores.eligible.shape)
-    wanted = [(scores.ensemble, max(k, ENSEMBLE_CANDIDATES))]
+    items = scores.ensemble.shape[1]
+    parts = [best_unordered(scores.ensemble, min(max(k, ENSEMBLE_CANDIDATES), items))]
     if len(scores.members) > 1:
-        wanted += [(s, MEMBER_CANDIDATES) for s in scores.members]
-    wanted += [(popular, POPULAR_CANDIDATES), (trend, POPULAR_CANDIDATES)]
-    for values, size in wanted:
-        parts.append(_best(np.where(scores.eligible, values, -np.inf), min(size, items)))
+        parts += [best_unordered(s, min(MEMBER_CANDIDATES, items)) for s in scores.members]
+    for order in (table.by_popularity, table.by_trend):
+        parts.append(_first_eligible(order, scores.ensemble, min(POPULAR_CANDIDATES, items)))
     for values in (scores.covisitation, scores.knn):
-        found = _best(np.where(scores.eligible, values, 0), min(OTHER_CANDIDATES, items))
-        # Where an item has few neighbours, the rest would be any items at all.
-        parts.append(np.where(np.take_along_axis(values, found, 1) > 0, found, -1))
+        parts.append(strongest_columns(values, scores.ensemble > -np.inf, min(OTHER_CANDIDATES, items)))
     columns = np.sort(np.concatenate(parts, 1), axis=1)
     repeated = np.zeros_like(columns, dtype=bool)
     repeated[:, 1:] = columns[:, 1:] == columns[:, :-1]
-    left_out = repeated | (columns < 0) | ~np.take_along_axis(scores.eligible, columns, 1)
+    left_out = repeated | (columns < 0) | np.isneginf(np.take_along_axis(scores.ensemble, columns, 1))
     return np.where(left_out, -1, columns)
 
 
-def _best(values: np.ndarray, size: int) -> np.ndarray:
-    """int64 [B, size]: columns of the highest values [B, M], in any order; of equals some. Many are equal here, which
-    makes numpy's partition fifty times slower."""
-    return torch.from_numpy(values).topk(size, dim=1, sorted=False).indices.numpy()
+def _first_eligible(order: np.ndarray, scores: np.ndarray, size: int) -> np.ndarray:
+    """int64 [B, size]: the first columns of the order whose score [B, M] is not −inf; −1 where there are no more."""
+    reach = size
+    while True:
+        reach = min(2 * reach, len(order))
+        eligible = scores[:, order[:reach]] > -np.inf
+        if reach == len(order) or (eligible.sum(1) >= size).all():
+            break
+    first = eligible & (np.cumsum(eligible, 1) <= size)
+    users, places = np.nonzero(first)
+    out = np.full((len(scores), size), -1)
+    out[users, np.cumsum(first, 1)[users, places] - 1] = order[places]
+    return out
 
 
-def features(scores: Scores, table: Prepared, windows: Windows, columns: np.ndarray) -> np.ndarray:
+def features(scores: Scores, table: Prepared, windows: Windows, sources: Sources, columns: np.ndarray) -> np.ndarray:
     """float32 [B, C, F], in the order of ranking.feature_names; meaningless where columns are −1."""
     valid = columns >= 0
     at = np.maximum(columns, 0)
+    users = np.repeat(np.arange(len(at)), at.shape[1])
 
-    def take(values: np.ndarray) -> np.ndarray:
-        return np.take_along_axis(values, at, 1)
+    def take(values: np.ndarray | sparse.csr_matrix) -> np.ndarray:
+        if isinstance(values, np.ndarray):
+            return np.where(valid, np.take_along_axis(values, at, 1), 0)
+        return np.asarray(values[users, at.ravel()]).reshape(at.shape)
 
     def place(values: np.ndarray) -> np.ndarray:
         order = np.argsort(-np.where(valid, values, -np.inf), axis=1, kind="stable")
@@ -189,16 +199,29 @@ def features(scores: Scores, table: Prepared, windows: Windows, columns: np.ndar
 
     ensemble, covisitation, knn = take(scores.ensemble), take(scores.covisitation), take(scores.knn)
     popularity = table.log_popularity[at]
-    out = [ensemble, highest(ensemble) - ensemble, place(ensemble), take(scores.last), take(scores.recent)]
+    segment = sources.segment_scores(windows.users, table.to_vocabulary[at + 1])
+    out = [ensemble, highest(ensemble) - ensemble, place(ensemble), *_cosines_to_window(table, windows, at)]
     for values in (covisitation, knn):
         out += [values, values / np.maximum(highest(values), 1e-12), place(values)]
     out += [popularity, table.log_trend[at] - popularity]
-    out += [np.log(take(scores.segment) + table.floor) - popularity]
+    out += [np.log(segment + table.floor) - popularity]
     out += [np.broadcast_to((windows.items > 0).sum(1, keepdims=True), at.shape)]
     for member in scores.members:
         values = take(member)
         out += [values, highest(values) - values, place(values)]
     return np.stack([np.asarray(o, np.float32) for o in out], 2)
+
+
+def _cosines_to_window(table: Prepared, windows: Windows, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [B, C] each: cosine of the columns' items with the newest event, and with the mean of the recent ones."""
+    last, recent = np.zeros((2, *columns.shape), np.float32)
+    for weight, padded in zip(table.weights, table.padded_members, strict=True):
+        window = padded[windows.items[:, -RECENT_EVENTS:]]
+        ends = np.stack([window[:, -1], unit(window.sum(1))], 2)
+        found = np.float32(weight) * (padded[columns + 1] @ ends)
+        last += found[:, :, 0]
+        recent += found[:, :, 1]
+    return last, recent
 
 
 def recommend_block(
@@ -211,12 +234,10 @@ def recommend_block(
     lists.vectors[:] = vectors
     has_window = np.asarray((windows.items > 0).any(1))
     scores = score_block(windows, vectors, table, sources, ranker is not None)
-    totals = np.where(has_window[:, None], scores.ensemble, scores.segment)
-    totals = np.where(scores.eligible, totals, -np.inf)
     values: np.ndarray | None = None
     if ranker is not None and has_window.any():
         columns = candidates(scores, table, k)
-        values = features(scores, table, windows, columns)
+        values = features(scores, table, windows, sources, columns)
         valid = (columns >= 0) & has_window[:, None]
         ranked = np.full(columns.shape, -np.inf, np.float32)
         # Trees give many candidates the very same score; among those the cosine decides.
@@ -225,14 +246,16 @@ def recommend_block(
         chosen = np.take_along_axis(columns, places, 1)
         best = np.take_along_axis(ranked, places, 1)
         values = np.take_along_axis(values, places[:, :, None], 1)
-        rest = ~has_window
-        if rest.any():
-            plain = best_columns(totals[rest], k_found)
-            chosen[rest] = plain
-            best[rest] = np.take_along_axis(totals[rest], plain, 1)
     else:
-        chosen = best_columns(totals, k_found)
-        best = np.take_along_axis(totals, chosen, 1)
+        chosen = best_columns(scores.ensemble, k_found)
+        best = np.take_along_axis(scores.ensemble, chosen, 1)
+    rest = np.flatnonzero(~has_window)
+    if len(rest):
+        everything = np.broadcast_to(table.to_vocabulary[1:], (len(rest), items))
+        segment = sources.segment_scores(windows.users.take(rest), everything)
+        segment[np.isneginf(scores.ensemble[rest])] = -np.inf
+        chosen[rest] = best_columns(segment, k_found)
+        best[rest] = np.take_along_axis(segment, chosen[rest], 1)
     found = ~np.isneginf(best)
     lists.rows[:, :k_found] = np.where(found, chosen + 1, 0)
     lists.scores[:, :k_found] = np.where(found, best, 0)
@@ -254,6 +277,7 @@ def _explain(
     if not len(rows):
         return
     chosen = lists.rows[rows, places].astype(np.int64)
+    segment = sources.segment_scores(windows.users, table.to_vocabulary[lists.rows])[rows, places]
     cold = table.to_vocabulary[chosen] == 0
     with_window = np.asarray((windows.items > 0).any(1))[rows]
     strategy = np.where(cold, CONTENT, SEQUENCE)
@@ -263,16 +287,16 @@ def _explain(
         known = table.to_vocabulary[chosen[used]]
         allowed = np.ones((len(used), len(STRATEGIES)), bool)
         at = (rows[used], chosen[used] - 1)
-        allowed[:, COVISITATION] = (scores.covisitation[at] > 0) | (scores.knn[at] > 0)
+        together = [np.asarray(s[at]).ravel() for s in (scores.covisitation, scores.knn)]
+        allowed[:, COVISITATION] = (together[0] > 0) | (together[1] > 0)
         allowed[:, POPULAR] = sources.popularity[known] > 0
         allowed[:, TRENDING] = sources.trend[known] > sources.popularity[known]
-        allowed[:, SEGMENT] = scores.segment[at] > sources.popularity[known]
+        allowed[:, SEGMENT] = segment[used] > sources.popularity[known]
         allowed[:, CONTENT] = False
         found = strongest_group(contributions, feature_groups(table.names), allowed)
         strategy[used] = np.where((found == SEQUENCE) & cold[used], CONTENT, found)
     without = ~with_window
-    share = sources.popularity[table.to_vocabulary[chosen]]
-    liked = scores.segment[rows, chosen - 1] > share
+    liked = segment > sources.popularity[table.to_vocabulary[chosen]]
     strategy = np.where(without, np.where(liked, SEGMENT, POPULAR), strategy)
     lists.strategies[rows, places] = strategy
     lists.because[rows, places] = _because(rows, chosen, strategy, windows, table, sources)

@@ -58,26 +58,26 @@ class Sources:
         weights = self.recency ** np.arange(length - 1, -1, -1, dtype=np.float32)
         return np.where(items > 0, weights, 0).astype(np.float32)
 
-    def neighbour_scores(self, items: np.ndarray, neighbours: sparse.csr_matrix) -> np.ndarray:
-        """float32 [B, V + 1]: weighted sum of the neighbour lists of the window items [B, L] (vocabulary rows)."""
+    def neighbour_scores(self, items: np.ndarray, neighbours: sparse.csr_matrix) -> sparse.csr_matrix:
+        """CSR float32 [B, V + 1]: weighted sum of the neighbour lists of the window items [B, L] (vocabulary rows)."""
         rows, columns = np.nonzero(items)
         weights = self.window_weights(items)[rows, columns]
         window = sparse.csr_matrix((weights, (rows, items[rows, columns])), shape=(len(items), neighbours.shape[0]))
-        return np.asarray((window @ neighbours).toarray(), np.float32)
+        return window @ neighbours
 
-    def segment_scores(self, users: UserFeatures) -> np.ndarray:
-        """float32 [B, V + 1]: mean over a user's attributes of the item's share among users who have them; the item's
-        share among all users where there are none."""
-        total = np.zeros((len(users), len(self.popularity)), np.float32)
+    def segment_scores(self, users: UserFeatures, items: np.ndarray) -> np.ndarray:
+        """float32 [B, C], of vocabulary rows [B, C]: mean over a user's attributes of the item's share among users who
+        have them; the item's share among all users where there are none."""
+        total = np.zeros(items.shape, np.float32)
         found = np.zeros((len(users), 1), np.float32)
         for offset, values in zip(self.segment_offsets, users.categories, strict=False):
             if offset < 0:
                 continue
             for column in values.T:
                 has = column > 0
-                total[has] += self.segments[offset + column[has]]
+                total[has] += self.segments[(offset + column[has])[:, None], items[has]]
                 found[has] += 1
-        return np.where(found > 0, total / np.maximum(found, 1), self.popularity).astype(np.float32)
+        return np.where(found > 0, total / np.maximum(found, 1), self.popularity[items]).astype(np.float32)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         arrays = {"popularity": self.popularity, "trend": self.trend, "segments": self.segments}
@@ -120,6 +120,22 @@ def strongest(matrix: sparse.csr_matrix, count: int) -> sparse.csr_matrix:
     kept = np.sort(order[place < count])
     out = sparse.csr_matrix((matrix.data[kept], (rows[kept], matrix.indices[kept])), shape=matrix.shape)
     out.sort_indices()
+    return out
+
+
+def strongest_columns(matrix: sparse.csr_matrix, eligible: np.ndarray, count: int) -> np.ndarray:
+    """int64 [B, count]: the columns of the greatest entries above 0 of each row that are eligible (bool [B, M]), in any
+    order, −1 where there are no more; of equals the lower column, so that a row's result is its own."""
+    owner = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+    kept = (matrix.data > 0) & eligible[owner, matrix.indices]
+    owner, columns, values = owner[kept], matrix.indices[kept], matrix.data[kept]
+    order = np.lexsort((columns, -values, owner))
+    owner, columns = owner[order], columns[order]
+    starts = np.searchsorted(owner, np.arange(matrix.shape[0]))
+    place = np.arange(len(owner)) - starts[owner]
+    out = np.full((matrix.shape[0], count), -1)
+    first = place < count
+    out[owner[first], place[first]] = columns[first]
     return out
 
 
