@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from nightstream import known_users
+from nightstream.cutting import Cut
 from nightstream.known_rows import KnownRows
 from nightstream.known_users import KnownUsers
 from nightstream.serving import commit, settled_table
@@ -39,8 +40,8 @@ def test_more_users_than_one_statement_takes(tmp_path: Path) -> None:
     assert known.get([name for name, *_ in many]).sort_by("user_id").equals(rows(*many))
 
 
-def asked_and_known(storage: Storage) -> tuple[KnownUsers, list[pa.Table]]:
-    known = KnownUsers(storage)
+def asked_and_known(storage: Storage, scratch: Path) -> tuple[KnownUsers, list[pa.Table]]:
+    known = KnownUsers(storage, scratch)
     asked = known.of(SOME, [], 100)
     known.start().result()
     assert known._states.is_complete
@@ -48,9 +49,12 @@ def asked_and_known(storage: Storage) -> tuple[KnownUsers, list[pa.Table]]:
     return known, [t.sort_by("user_id") for t in asked[:2]]
 
 
-def test_files_and_tables_say_the_same(spark, night) -> None:
+def test_files_and_tables_say_the_same(spark, night, tmp_path: Path) -> None:
     storage, _ = night("known")
-    known, asked = asked_and_known(storage)
+    left = tmp_path / "scratch" / "by a process that was killed"
+    left.mkdir(parents=True)
+    known, asked = asked_and_known(storage, left.parent)
+    assert not list(left.parent.glob("*"))
     states, described, older = known.of(SOME, [], 100)
     assert states.sort_by("user_id").equals(asked[0].combine_chunks())
     assert set(states["user_id"].to_pylist()) == {"u000", "u001", "idle-left"}
@@ -60,17 +64,27 @@ def test_files_and_tables_say_the_same(spark, night) -> None:
     known.close()
 
 
-def test_a_commit_counts_before_it_is_merged_and_changed_attributes_do(spark, night) -> None:
+def test_a_commit_counts_before_it_is_merged_and_changed_attributes_do(spark, night, tmp_path: Path) -> None:
     storage, _ = night("known")
-    known, _ = asked_and_known(storage)
+    known, _ = asked_and_known(storage, tmp_path / "scratch")
     state = storage.read(USER_VECTORS).where("user_id = 'u000'")
     newer = state.withColumns(
         {"revision": F.col("revision") + 1, "items": F.array().cast(REFRESHES.schema["items"].dataType)}
     ).withColumn("overflow", F.col("seen").cast(REFRESHED["overflow"].dataType))
     table = newer.select(*REFRESHED.names).toArrow().cast(to_arrow_schema(REFRESHED, timezone="UTC"))
-    known.committed(commit(storage, settled_table(spark, table), "test", 0, datetime.now(UTC)))
-    before, after = (state.first().revision, known.of(SOME, [], 100)[0])
-    assert after.filter(pa.compute.equal(after["user_id"], "u000"))["revision"].to_pylist() == [before + 1]
+    before = state.first().revision
+
+    def revision() -> list[int]:
+        states = known.of(SOME, [], 100)[0]
+        return states.filter(pa.compute.equal(states["user_id"], "u000"))["revision"].to_pylist()
+
+    committed = commit(storage, settled_table(spark, table), "test", 0, datetime.now(UTC))
+    known.committed(committed)
+    assert revision() == [before + 1]
+    # As a commit of many users is: not on the driver.
+    later = committed.rows.withColumn("revision", F.col("revision") + 1)
+    known.committed(Cut(later, {}))
+    assert revision() == [before + 2]
 
     changed = storage.read(USERS).where("user_id <> 'u000'")
     storage.overwrite(USERS, changed)
@@ -80,10 +94,10 @@ def test_a_commit_counts_before_it_is_merged_and_changed_attributes_do(spark, ni
     known.close()
 
 
-def test_of_too_many_users_the_tables_are_asked(spark, night, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_too_many_users_the_tables_are_asked(spark, night, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage, _ = night("known")
     monkeypatch.setattr(known_users, "MOST_USERS", 3)
-    known = KnownUsers(storage)
+    known = KnownUsers(storage, tmp_path / "scratch")
     known.start().result()
     assert not known._states.is_complete
     assert len(known.of(SOME, [], 100)[0]) == 3

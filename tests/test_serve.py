@@ -5,17 +5,23 @@ from __future__ import annotations
 import logging
 import random
 import shutil
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime
 
 import pytest
 import world
-from nightstream import lease
+from nightstream import lease, serving
 from nightstream.errors import TableError, WriterBusyError
 from nightstream.ledger import check
 from nightstream.settings import validate
 from nightstream.steps import apply, ingest, serve
 from nightstream.storage import Storage
 from nightstream.tables import METRICS, RAW_EVENTS, RECOMMENDATIONS, REFRESHES, USER_VECTORS
+from pyspark.sql import functions as F
 
 
 def arriving(number: int, seed: int = 7) -> list[dict]:
@@ -138,3 +144,66 @@ def test_storage_is_found_by_a_relative_path(spark, settings, monkeypatch, tmp_p
     relative = Storage(spark, settings.storage.model_copy(update={"root": "tables"}))
     relative.create(RECOMMENDATIONS)
     assert (tmp_path / "tables" / "recommendations" / "_delta_log").is_dir()
+
+
+@contextmanager
+def running(spark, settings) -> Iterator[Future]:
+    """The query without an end; stopped on leaving."""
+    started, stop = threading.Event(), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        query = pool.submit(serve.run, spark, settings, on_start=started.set, stop=stop.is_set)
+        try:
+            assert started.wait(60) or query.result()
+            yield query
+        finally:
+            stop.set()
+
+
+@pytest.mark.slow
+def test_without_events_too_withdrawn_items_leave_every_list(spark, night, tmp_path, monkeypatch):
+    storage, settings = night("quiet")
+    monkeypatch.setattr(serve, "QUIET_SECONDS", 0.5)
+    document = settings.model_dump(mode="json")
+    document["sources"]["items"] |= {"path": str(tmp_path / "items.jsonl"), "available": "stock"}
+    document["stream"] |= {"snapshot_seconds": 1.0, "handover_slice": 10}
+    before = windows(storage)
+    kept = {f"i{n:02}" for n in range(10, 20)}
+
+    def holders() -> int:
+        rows = storage.read(RECOMMENDATIONS).where(~F.col("item_id").isin(kept))
+        return rows.select("user_id").distinct().count()
+
+    world.write_lines(
+        tmp_path / "items.jsonl", [{**i, "stock": "yes" if i["item_id"] in kept else "no"} for i in world.items()]
+    )
+    assert holders() > 10
+    with running(spark, validate(document)) as query:
+        deadline = time.monotonic() + 90
+        while holders() and time.monotonic() < deadline and not query.done():
+            time.sleep(1)
+    assert query.result()["batches"] == 0
+    assert holders() == 0
+    assert windows(storage) == before
+    commits = storage.read(REFRESHES).where("writer LIKE '%between micro-batches'")
+    assert commits.select("batch_id").distinct().count() > 1
+    assert commits.groupBy("user_id").count().where("count > 1").isEmpty()
+
+
+@pytest.mark.slow
+def test_what_cannot_be_merged_ends_the_stream_also_when_no_event_follows(spark, night, monkeypatch):
+    storage, settings = night("unmerged")
+    merge = serving.merge
+
+    def full(*args) -> None:
+        raise OSError("no space left for the serving tables")
+
+    with running(spark, settings) as query:
+        monkeypatch.setattr(serving, "merge", full)
+        world.drop(settings.stream.path, "a", arriving(3))
+        with pytest.raises(OSError, match="no space left"):
+            query.result(timeout=90)
+    monkeypatch.setattr(serving, "merge", merge)
+    serve.run(spark, settings, until_idle=True)
+    newest = {r["user_id"]: r["event_id"] for r in arriving(3)}
+    found = windows(storage)
+    assert {user: found[user][0][-1] for user in newest} == newest

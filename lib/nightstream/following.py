@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from collections.abc import Callable
 from nightstream import serving
 from nightstream.cutting import Cut
 from nightstream.storage import Storage
+
+log = logging.getLogger(__name__)
 
 # So much may be committed and not merged yet: it is held in memory.
 MOST_PENDING = 64  # micro-batches
@@ -80,6 +83,11 @@ class Follower:
         self._changed.wait_for(until)
         self._awaited -= 1
 
+    def check(self) -> None:
+        """Raises what the MERGEs have met."""
+        with self._changed:
+            self._raise()
+
     def _raise(self) -> None:
         if self._error is not None:
             error, self._error = self._error, None
@@ -101,6 +109,7 @@ class Follower:
                 took = time.monotonic() - begun
                 self.on_merge(took, len(taken))
             except Exception as error:
+                log.exception("what is committed could not be merged", extra={"commits": len(taken)})
                 with self._changed:
                     self._error = error
             else:

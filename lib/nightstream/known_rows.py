@@ -5,12 +5,14 @@ A micro-batch asks for a few hundred users, anywhere in the table: Spark would r
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pyspark.sql import DataFrame
 
 KEY = "user_id"
@@ -55,8 +57,10 @@ class KnownRows:
         for batch in rows.select(self.schema.names).cast(self.schema).to_batches():
             self._write(_encoded(batch))
 
-    def put_all(self, rows: DataFrame, stop: Callable[[], bool] = lambda: False) -> None:
-        """Rows of any number, through the driver a part at a time. stop: asked after each part."""
+    def put_all(self, rows: DataFrame, scratch: Path, stop: Callable[[], bool] = lambda: False) -> None:
+        """Rows of any number. scratch: a folder that does not exist yet, for driver and executors, through which they
+        go a part at a time: what Spark hands over itself is at least a whole partition, in memory. stop: asked after
+        each part."""
         schema = self.schema
 
         def encode(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -67,15 +71,15 @@ class KnownRows:
                     ["key", "revision", "row"],
                 )
 
-        part: list[tuple[str, int, bytes]] = []
-        for row in rows.select(*schema.names).mapInArrow(encode, _ENCODED).toLocalIterator():
-            part.append((row.key, row.revision, bytes(row.row)))
-            if len(part) >= _AT_ONCE:
-                self._write(part)
-                part = []
-                if stop():
-                    return
-        self._write(part)
+        try:
+            rows.select(*schema.names).mapInArrow(encode, _ENCODED).write.parquet(str(scratch))
+            for file in sorted(scratch.glob("part-*.parquet")):
+                for part in pq.ParquetFile(file).iter_batches(_AT_ONCE):
+                    if stop():
+                        return
+                    self._write(list(zip(*(column.to_pylist() for column in part.columns), strict=True)))
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
     def close(self) -> None:
         with self._lock:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
+import time
+import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -31,10 +34,14 @@ _ATTRIBUTES = pa.schema([f for f in to_arrow_schema(USERS.schema, timezone="UTC"
 
 class KnownUsers:
     """States and attributes of all users in local files, which fill up in the background after `start`. Until they are
-    full, or where there are too many users, the tables are asked."""
+    full, or where there are too many users, the tables are asked.
 
-    def __init__(self, storage: Storage) -> None:
-        self.storage = storage
+    scratch: a folder for driver and executors that nobody else uses; what an earlier process left there is deleted.
+    """
+
+    def __init__(self, storage: Storage, scratch: Path) -> None:
+        self.storage, self.scratch = storage, scratch
+        self._is_new = True
         self._folder = TemporaryDirectory(prefix="nightstream-known-", ignore_cleanup_errors=True)
         self._files = 0
         self._states, self._attributes = self._rows(STATES), self._rows(_ATTRIBUTES)
@@ -45,14 +52,17 @@ class KnownUsers:
 
     def start(self) -> Future[None]:
         """Begin to fill, from nothing: a query that broke off may have left out what it had committed. To be called
-        when all that is committed is merged, and before the next commit."""
+        when all that is committed is merged, and before the next commit, by the one process that may write."""
+        if self._is_new:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            self._is_new = False
         self._states, self._attributes = self._rows(STATES), self._rows(_ATTRIBUTES)
         self._users_version = self.storage.version(USERS)
         states = self.storage.read(USER_VECTORS)
         self._given_up = states.count() > MOST_USERS
         if self._given_up:
             return self._pool.submit(lambda: None)
-        self._pool.submit(self._fill, self._states, states)
+        self._pool.submit(self._fill, self._states, states, "states")
         return self._pool.submit(self._fill_attributes)
 
     def look_again(self) -> None:
@@ -70,7 +80,7 @@ class KnownUsers:
         if commit.table is not None:
             self._states.put(states_of(commit.table))
         else:
-            self._states.put_all(commit.rows)
+            self._states.put_all(commit.rows, self._part())
 
     def of(self, users: pa.Array, pending: Sequence[Cut], room: int) -> tuple[pa.Table, pa.Table, pa.Table | None]:
         """The newest states, the USERS rows, and where a state has overflowed or may do so the SEEN_OVERFLOW rows.
@@ -103,12 +113,16 @@ class KnownUsers:
         self._files += 1
         return KnownRows(Path(self._folder.name) / f"{self._files}.sqlite", schema)
 
-    def _fill_attributes(self) -> None:
-        self._fill(self._attributes, self.storage.read_or_empty(USERS))
+    def _part(self) -> Path:
+        return self.scratch / uuid.uuid4().hex
 
-    def _fill(self, known: KnownRows, rows: DataFrame) -> None:
+    def _fill_attributes(self) -> None:
+        self._fill(self._attributes, self.storage.read_or_empty(USERS), "attributes")
+
+    def _fill(self, known: KnownRows, rows: DataFrame, what: str) -> None:
+        begun = time.monotonic()
         try:
-            known.put_all(rows, self._closed.is_set)
+            known.put_all(rows, self._part(), self._closed.is_set)
         except Exception:
             # The stream goes on without: the tables have it all.
             self._given_up = True
@@ -116,6 +130,8 @@ class KnownUsers:
                 log.exception("the users could not be read ahead, the tables are asked in each micro-batch")
         else:
             known.is_complete = not self._closed.is_set()
+            if known.is_complete:
+                log.info("read ahead", extra={"rows": what, "seconds": round(time.monotonic() - begun, 1)})
 
 
 def _asked(storage: Storage, users: pa.Array, pending: Sequence[Cut]) -> tuple[pa.Table, pa.Table]:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,7 +26,7 @@ from nightstream.following import Follower
 from nightstream.freshness import freshness
 from nightstream.known_ids import KnownIds
 from nightstream.known_users import KnownUsers
-from nightstream.ledger import Recorded, arrive, book
+from nightstream.ledger import Counts, Recorded, arrive, book
 from nightstream.news import News
 from nightstream.payload import Payload
 from nightstream.refresh import (
@@ -179,7 +180,7 @@ class SpeedLayer:
         self.news = News(storage, settings)
         self.payload = self.news.first()
         self.follower = Follower(storage, settings.serving.top_k, settings.serving.merge_attempts, on_merge)
-        self.known_users = KnownUsers(storage)
+        self.known_users = KnownUsers(storage, Path(settings.storage.work_dir) / "known")
         self._pool = ThreadPoolExecutor(1, "ask")
         self._known_ids: KnownIds | None = None
         self._some_behind = True
@@ -208,11 +209,7 @@ class SpeedLayer:
         first = not self.writer
         if first:
             self.writer = self._writer_of()
-        if self.news.is_due():
-            newer = self.news.newer(self.payload)
-            if newer is not None:
-                self.payload, self._some_behind = newer, True
-            self.known_users.look_again()
+        self._take_up_news()
         arriving = arrive(arrived, settings, micro_batch=True)
         ahead = self._ask_ahead(arriving)
         # Spark repeats a micro-batch only as the first one after a start.
@@ -261,6 +258,32 @@ class SpeedLayer:
                 model_version=self.payload.model_version,
             )
         )
+
+    def between_batches(self) -> None:
+        """What must not wait for an event: take up a new model or catalogue, and refresh some of those that are behind.
+
+        Raises what the MERGEs of earlier batches have met.
+        """
+        self.follower.check()
+        self._take_up_news()
+        refreshed = self._refresh(Recorded(Counts(), {}), None) if self._some_behind else None
+        if refreshed is None or not refreshed.totals["users"]:
+            return
+        now = self.clock()
+        writer = f"{self._writer_of()} between micro-batches"
+        number = int(now.timestamp() * 1e6)
+        committed = serving.commit(self.storage, refreshed, writer, number, now, fresh=True)
+        self.known_users.committed(committed)
+        self.follower.add(committed)
+        log.info("handed over", extra={"users": refreshed.totals["users"], "model_version": self.payload.model_version})
+
+    def _take_up_news(self) -> None:
+        if not self.news.is_due():
+            return
+        newer = self.news.newer(self.payload)
+        if newer is not None:
+            self.payload, self._some_behind = newer, True
+        self.known_users.look_again()
 
     def _fold_in(self) -> None:
         """Fold in what an ingest has recorded and no night has applied since."""

@@ -35,6 +35,8 @@ from nightstream.tables import ITEMS, USERS
 
 log = logging.getLogger(__name__)
 
+_LAST_SECOND = 253_402_214_400  # the last day of the year 9999, as Python's calendar has it
+
 # Microseconds are kept: Spark's own default for JSON cuts timestamps to milliseconds.
 JSON_OPTIONS = {
     "timestampFormat": "yyyy-MM-dd'T'HH:mm:ss.SSSSSSXXX",
@@ -142,8 +144,10 @@ def _with_file(rows: DataFrame) -> DataFrame:
 
 def kafka_payloads(messages: DataFrame, topic: str) -> DataFrame:
     """The payload rows, with headers, of the messages that Spark's Kafka source gives with includeHeaders."""
-    # Messages of the oldest format have no timestamp: Kafka says -1 ms.
-    known = F.when(F.col("timestamp") >= F.timestamp_seconds(F.lit(0)), F.col("timestamp"))
+    # Messages of the oldest format have no timestamp: Kafka says -1 ms. A producer that gives microseconds for
+    # milliseconds is in a year that no calendar here reaches.
+    known = F.col("timestamp").between(F.timestamp_seconds(F.lit(0)), F.timestamp_seconds(F.lit(_LAST_SECOND)))
+    known = F.when(known, F.col("timestamp"))
     # A key may occur several times, so they are no map; bytes that are not UTF-8 become U+FFFD.
     headers = F.transform(
         "headers",

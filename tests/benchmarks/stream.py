@@ -34,6 +34,7 @@ EVENTS, USERS_PER_BATCH = 500, 200
 WARM = 4
 FILES_PER_SECOND = 4
 GROWING = 0.05  # seconds of delay per second
+FLAT = 0.1  # growth of memory, from the second tenth of the micro-batches to the last
 
 
 def medians(samples: list[Sample]) -> dict[str, float]:
@@ -53,7 +54,9 @@ def measured(stream: Stream, bare: Bare, events: int, users: int, batches: int, 
             f"merged {sample.merged:.2f} s (MERGEs {sample.merges:.2f})"
         )
         samples.append(sample)
-    return medians(samples[WARM:])
+    found = medians(samples[WARM:])
+    progress.say(f"{label}: " + ", ".join(f"{name} {value:.2f} s" for name, value in found.items()))
+    return found
 
 
 def sustained(stream: Stream, seconds: float, first_rate: int) -> dict[str, float]:
@@ -117,6 +120,12 @@ def lasting(stream: Stream, batches: int) -> list[dict[str, int]]:
     return tenths
 
 
+def growth(tenths: list[dict[str, int]]) -> float:
+    """Of all processes together, from the second tenth (in the first they warm up) to the last."""
+    _, early, *_, late = (sum(tenth.values()) for tenth in tenths)
+    return late / early - 1
+
+
 def run(
     spark: SparkSession, folder: Path, users: int, items: int, batches: int, seconds: float, grown: int, hour: int
 ) -> dict[str, Any]:
@@ -146,6 +155,7 @@ def run(
         "ten_times_users_merges": many["merges"] / plain["merges"],
         "seconds": {"plain": plain, "ten_times_events": more, "ten_times_users": many},
         "memory_mb": memory,
+        "memory_growth": growth(memory),
         "users": users,
         "items": items,
         "grown": grown,
@@ -202,6 +212,8 @@ def measure(
         by_tenths = {kind: ", ".join(str(tenth[kind]) for tenth in found["memory_mb"]) for kind in ("python", "jvm")}
         progress.output.print(f"MB over {hour} micro-batches, by tenths: {by_tenths['python']} (Python)")
         progress.output.print(f"and {by_tenths['jvm']} (JVM)")
+        verdict = "flat" if found["memory_growth"] <= FLAT else "NOT flat"
+        progress.output.print(f"Memory is {verdict}: {found['memory_growth']:+.0%} from the second tenth to the last")
         told = {k: v for k, v in found.items() if isinstance(v, float) or v is None}
         progress.output.print(json.dumps({k: None if v is None else round(v, 2) for k, v in told.items()}, indent=2))
     finally:

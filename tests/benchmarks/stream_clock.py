@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from nightstream import following, serving
+from nightstream import following, progress, serving
 from nightstream.cutting import Cut
+from nightstream.known_users import KnownUsers
 from nightstream.layers import BatchReport
 from nightstream.settings import Settings
 from nightstream.steps import serve
@@ -39,11 +41,13 @@ class Sample:
 
 @dataclass
 class Clock:
-    """What happened when: commits as (moment, events), MERGEs as (moment, seconds), the newest committed rows."""
+    """What happened when: commits as (moment, events), MERGEs as (moment, seconds), the newest committed rows; filled:
+    ends when the states of all users are read ahead."""
 
     commits: list[tuple[float, int]] = field(default_factory=list)
     merges: list[tuple[float, float]] = field(default_factory=list)
     committed: Cut | None = None
+    filled: Future[None] | None = None
     error: BaseException | None = None
     changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -90,7 +94,7 @@ class Stream:
     def running(self) -> Iterator[Stream]:
         """The query runs inside; its commits and MERGEs are watched, not changed."""
         clock, started, stop = self.clock, threading.Event(), threading.Event()
-        commit, merge = serving.commit, serving.merge
+        commit, merge, fill = serving.commit, serving.merge, KnownUsers.start
 
         def watched_commit(*args: Any, **options: Any) -> Cut:
             clock.committed = commit(*args, **options)
@@ -102,6 +106,10 @@ class Stream:
             with clock.changed:
                 clock.merges.append((time.monotonic(), time.monotonic() - begun))
                 clock.changed.notify_all()
+
+        def watched_fill(known: KnownUsers) -> Future[None]:
+            clock.filled = fill(known)
+            return clock.filled
 
         def on_batch(report: BatchReport) -> None:
             with clock.changed:
@@ -118,12 +126,20 @@ class Stream:
             finally:
                 started.set()
 
-        with mock.patch.object(serving, "commit", watched_commit), mock.patch.object(serving, "merge", watched_merge):
+        with (
+            mock.patch.object(serving, "commit", watched_commit),
+            mock.patch.object(serving, "merge", watched_merge),
+            mock.patch.object(KnownUsers, "start", watched_fill),
+        ):
             thread = threading.Thread(target=work, name="stream")
             thread.start()
             started.wait()
             # The tail of an earlier run, merged before the first micro-batch.
             clock.merges.clear()
+            begun = time.monotonic()
+            if clock.filled is not None:
+                clock.filled.result()
+            progress.say(f"the states of all users were read ahead in {time.monotonic() - begun:.0f} s")
             try:
                 yield self
             finally:

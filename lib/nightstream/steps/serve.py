@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 KIND = "stream"
 QUERY = "nightstream"
 POLL_SECONDS = 1
+QUIET_SECONDS = 3.0  # without a micro-batch
 # Delta may need several starts to take up one change.
 MOST_VAIN_STARTS = 3
 
@@ -67,6 +69,7 @@ def run(
     # Stopping a query interrupts its micro-batch. That loses nothing, but a batch that is let to end need not be
     # repeated at the next start.
     running, stopped = threading.Lock(), threading.Event()
+    ended = [time.monotonic()]
 
     def micro_batch(arrived: DataFrame, batch_id: int) -> None:
         with running:
@@ -74,6 +77,7 @@ def run(
                 raise InterruptedError("the query is being stopped")
             lease.check()
             layer(arrived, batch_id)
+            ended[0] = time.monotonic()
 
     def writer() -> DataStreamWriter:
         arrived = parsed(sources.stream_events(spark, settings.stream), settings)
@@ -84,10 +88,22 @@ def run(
             writer = writer.trigger(processingTime=f"{settings.stream.trigger_seconds} seconds")
         return writer.queryName(QUERY)
 
+    def between_batches() -> None:
+        """Nothing is left undone because no event comes."""
+        lease.check()
+        if time.monotonic() - ended[0] < QUIET_SECONDS or not running.acquire(blocking=False):
+            return
+        try:
+            layer.between_batches()
+        finally:
+            running.release()
+
     def run_out(query: StreamingQuery) -> None:
         """Wait until the query is to end, and end it. Raises what it has met."""
         try:
             while not query.awaitTermination(POLL_SECONDS):
+                if not until_idle:
+                    between_batches()
                 if stop() or (max_batches is not None and counts["batches"] >= max_batches):
                     return
         finally:
