@@ -39,13 +39,17 @@ def test_a_stream_that_starts_before_a_night_has_applied_folds_in_what_that_reco
     storage, settings = night("ingested")
     later = [
         {"event_id": f"late{n}", "user_id": user, "item_id": f"i{n:02}", "event_time": world.START + 10**6 + n}
-        for n, user in enumerate(["u003", "brand new", "u003"])
+        for n, user in enumerate(["u003", "brand new", "u003", "u005"])
     ]
+    # As many events as before in the windows of these two, but others.
+    later.append({"event_id": "back", "user_id": "u005", "event_type": "retract", "retracts": "e005-011"})
+    later.append({"event_id": "e007-011", "user_id": "u007", "item_id": "i01"})
+    later[-2]["event_time"] = later[-1]["event_time"] = world.START + 2 * 10**6
     source = world.write_lines(tmp_path / "more.jsonl", [*world.events(), *later])
     document = settings.model_dump(mode="json")
     document["sources"]["events"]["path"] = str(source)
     own = validate(document)
-    assert ingest.run(spark, own)["added"]["events"] == 3
+    assert ingest.run(spark, own)["added"]["events"] == 5
     layer = layers.SpeedLayer(storage, own, lambda: "a stream", layers.utc_now)
     layer.start()
     layer.close()
@@ -53,7 +57,9 @@ def test_a_stream_that_starts_before_a_night_has_applied_folds_in_what_that_reco
     assert windows["u003"][1][-2:] == ["late0", "late2"]
     assert windows["brand new"] == (1, ["late1"])
     # Nobody else was refreshed, and the next start has nothing to do.
-    assert {user for user, (revision, _) in windows.items() if revision == 2} == {"u003"}
+    assert {user for user, (revision, _) in windows.items() if revision == 2} == {"u003", "u005", "u007"}
+    assert windows["u005"][1][-1] == "late3"
+    assert "e005-011" not in windows["u005"][1]
     assert storage.read(UNFOLDED).isEmpty()
     assert_merged(storage)
     assert_same(storage, recomputed(storage, own, tmp_path / "again"))

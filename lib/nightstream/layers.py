@@ -19,11 +19,10 @@ import pyarrow.compute as pc
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from nightstream import registry, serving
+from nightstream import registry, serving, unfolded_events
 from nightstream.cutting import Cut, cut
 from nightstream.events import foldable
 from nightstream.following import Follower
-from nightstream.freshness import freshness
 from nightstream.known_ids import KnownIds
 from nightstream.known_users import KnownUsers
 from nightstream.ledger import Counts, Recorded, arrive, book
@@ -39,7 +38,7 @@ from nightstream.refresh import (
 )
 from nightstream.settings import Settings
 from nightstream.storage import Storage
-from nightstream.tables import EVENTS, SEEN_OVERFLOW, UNFOLDED, USER_VECTORS, USERS
+from nightstream.tables import EVENTS, SEEN_OVERFLOW, USER_VECTORS, USERS
 from nightstream.window import FoldRules
 
 log = logging.getLogger(__name__)
@@ -97,17 +96,6 @@ def apply_all(
     if only is None:
         serving.spread(storage, count)
     return count
-
-
-def mark_unfolded(storage: Storage, source: str) -> None:
-    """Note that events are being recorded which no window has: whoever holds the lease next folds them in."""
-    storage.append(UNFOLDED, storage.spark.createDataFrame([(source, utc_now())], UNFOLDED.schema))
-
-
-def unmark_unfolded(storage: Storage) -> None:
-    """All recorded events are in the windows."""
-    if not storage.read_or_empty(UNFOLDED).isEmpty():
-        storage.overwrite(UNFOLDED, storage.read(UNFOLDED).limit(0))
 
 
 @dataclass(frozen=True)
@@ -288,12 +276,12 @@ class SpeedLayer:
     def _fold_in(self) -> None:
         """Fold in what an ingest has recorded and no night has applied since."""
         storage, settings, now = self.storage, self.settings, self.clock()
-        if storage.read_or_empty(UNFOLDED).isEmpty():
+        if not unfolded_events.is_marked(storage):
             return
-        stale = freshness(storage, settings).where("stale").select("user_id")
+        touched = unfolded_events.touched_users(storage, settings.events.retraction_type, now)
         writer = f"start of a stream {now:%Y%m%dT%H%M%S.%f}"
-        users = apply_all(storage, settings, self.payload, writer, 0, now, only=stale)
-        unmark_unfolded(storage)
+        users = apply_all(storage, settings, self.payload, writer, 0, now, only=touched)
+        unfolded_events.unmark(storage)
         log.info("folded in what a night had recorded and not applied", extra={"users": users})
 
     def settle(self) -> None:

@@ -218,7 +218,7 @@ WRITER_LEASE = TableSpec(
 UNFOLDED = TableSpec(
     "unfolded",
     "one batch ingest whose events may not be in the windows yet: applied by the night, or by a stream when it starts",
-    _struct(source=STRING, at=TIME),
+    _struct(source=STRING, at=TIME, events_version=LONG),
     ("at",),
 )
 

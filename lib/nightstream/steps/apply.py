@@ -8,7 +8,7 @@ from typing import Any
 
 from pyspark.sql import SparkSession
 
-from nightstream import catalogue, layers, registry, serving
+from nightstream import catalogue, layers, registry, serving, unfolded_events
 from nightstream.errors import WriterBusyError
 from nightstream.lease import Lease, this_process
 from nightstream.settings import Settings
@@ -39,7 +39,7 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, A
                 payload = catalogue.load_payload(storage, version, payload.files)
             writer = f"nightly {as_of:%Y%m%dT%H%M%S} {version}"
             users = layers.apply_all(storage, settings, payload, writer, 0, layers.utc_now())
-            layers.unmark_unfolded(storage)
+            unfolded_events.unmark(storage)
     except WriterBusyError as busy:
         log.info("another process writes the serving tables and will apply the model", extra={"reason": str(busy)})
         return {"users": 0, "left_to": str(busy)}

@@ -7,7 +7,7 @@ from typing import Any
 
 from pyspark.sql import SparkSession
 
-from nightstream import attributes, descriptions, formats, layers, ledger, sources
+from nightstream import attributes, descriptions, formats, layers, ledger, sources, unfolded_events
 from nightstream.errors import WriterBusyError
 from nightstream.lease import Lease, this_process
 from nightstream.settings import Settings
@@ -54,7 +54,7 @@ def run(spark: SparkSession, settings: Settings, beside_stream: bool = False) ->
     try:
         with Lease(storage, this_process(), KIND, seconds, attempts, wait=True):
             # First, so that a crash between the two loses nothing.
-            layers.mark_unfolded(storage, settings.sources.events.path)
+            unfolded_events.mark(storage, settings.sources.events.path, layers.utc_now())
             recorded = ledger.record(storage, arrived, settings)
             recorded.release()
             return {"events": ledger.check(storage), "added": recorded.added, **described}
