@@ -21,10 +21,17 @@ class Poison:
 
 
 def payloads(count: int, seed: int, huge: int = 1_000_000) -> list[Poison]:
-    """huge: characters of the longest; about one in 200 is as long."""
+    """So many malformed ones, and valid ones between them, one in twelve.
+
+    huge: characters of the longest; about one in 200 is as long.
+    """
     rng = random.Random(seed)
-    made = [_huge, *_KINDS]
-    return [made[0 if n % 200 == 0 else 1 + n % len(_KINDS)](rng, n, huge) for n in range(count)]
+    made: list[Poison] = []
+    while count:
+        kind = _huge if len(made) % 200 == 0 else _KINDS[len(made) % len(_KINDS)]
+        made.append(kind(rng, len(made), huge))
+        count -= made[-1].reason is not None
+    return made
 
 
 def event(number: int, **values: Any) -> dict[str, Any]:

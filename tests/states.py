@@ -15,22 +15,21 @@ from pyspark.sql import functions as F
 
 NOW = datetime(2024, 6, 1, tzinfo=UTC)
 NEAR = 1e-5
+# How often a user was refreshed, when and under which catalogue depends on the cut of the stream (a new catalogue
+# refreshes again only who has a withdrawn item in the list), and the bucket on the number of users at a night.
+OF_THE_WRITING = ("revision", "refreshed_at", "catalogue_version", "bucket")
 
 
 def state_of(storage: Storage) -> tuple[dict, dict]:
-    """Per user (vector, window, seen, as_of), and per user the list of (rank, item, score)."""
-    vectors = {
-        r.user_id: (
-            np.array(r.vector),
-            [(e.event_id, e.item_id, e.event_time) for e in r.window],
-            [(s.item_id, s.event_time) for s in r.seen],
-            r.as_of,
-        )
-        for r in storage.read(USER_VECTORS).collect()
-    }
+    """Per user the row of user_vectors, and per user the rows of the list by rank; without OF_THE_WRITING."""
+    vectors = {}
+    for r in storage.read(USER_VECTORS).drop(*OF_THE_WRITING).collect():
+        row = r.asDict(recursive=True)
+        vectors[row.pop("user_id")] = row
     lists: dict = {}
-    for r in storage.read(RECOMMENDATIONS).orderBy("user_id", "rank").collect():
-        lists.setdefault(r.user_id, []).append((r.rank, r.item_id, r.score))
+    for r in storage.read(RECOMMENDATIONS).drop(*OF_THE_WRITING).orderBy("user_id", "rank").collect():
+        row = r.asDict()
+        lists.setdefault(row.pop("user_id"), []).append(row)
     return vectors, lists
 
 
@@ -38,18 +37,23 @@ def assert_same(left: Storage, right: tuple[dict, dict]) -> None:
     """Equal states; vectors within 1e-5; two items may swap only where their scores lie closer than that."""
     (vectors, lists), (other_vectors, other_lists) = state_of(left), right
     assert vectors.keys() == other_vectors.keys()
-    for user, (vector, *state) in vectors.items():
-        assert state == list(other_vectors[user][1:]), user
-        np.testing.assert_allclose(vector, other_vectors[user][0], atol=NEAR)
+    for user, row in vectors.items():
+        other = other_vectors[user]
+        assert {**row, "vector": None} == {**other, "vector": None}, user
+        np.testing.assert_allclose(row["vector"], other["vector"], atol=NEAR)
     assert lists.keys() == other_lists.keys()
     for user, rows in lists.items():
         others = other_lists[user]
-        assert [r[0] for r in rows] == [r[0] for r in others] == list(range(1, len(rows) + 1))
-        np.testing.assert_allclose([r[2] for r in rows], [r[2] for r in others], atol=NEAR)
-        scores = {item: score for _, item, score in others}
-        for _, item, score in rows:
+        assert [r["rank"] for r in rows] == [r["rank"] for r in others] == list(range(1, len(rows) + 1))
+        np.testing.assert_allclose([r["score"] for r in rows], [r["score"] for r in others], atol=NEAR)
+        by_item = {r["item_id"]: r for r in others}
+        for row in rows:
             # An item that only one list has must tie with the end of the other.
-            assert abs(scores.get(item, others[-1][2]) - score) < NEAR, (user, item)
+            other = by_item.get(row["item_id"], others[-1])
+            assert abs(other["score"] - row["score"]) < NEAR, (user, row)
+            if other["item_id"] == row["item_id"]:
+                placed = {"rank": None, "score": None}
+                assert {**row, **placed} == {**other, **placed}, user
 
 
 def assert_merged(storage: Storage) -> None:

@@ -177,7 +177,7 @@ def test_a_consumed_item_stays_away_when_it_no_longer_fits_into_the_state(spark,
         consumed = {r.item_id for r in storage.read(EVENTS).where("user_id = 'u000'").collect()}
         listed = state_of(storage)[1]["u000"]
         assert len(listed) == settings.serving.top_k
-        assert not consumed & {item for _, item, _ in listed}
+        assert not consumed & {row["item_id"] for row in listed}
     layers.apply_all(storage, settings, layer.payload, "another night", 0, NOW)
     assert state_of(storage)[1]["u000"] == listed
 
@@ -264,6 +264,32 @@ def test_killed_between_any_two_writes_it_ends_in_the_undisturbed_state(spark, n
     assert_same(storage, one_batch(spark, night, tmp_path))
     commits = storage.read(REFRESHES).where("writer = 'stream one'").groupBy("user_id", "revision").count()
     assert commits.where("count > 1").isEmpty()
+
+
+@pytest.mark.slow
+def test_what_was_half_booked_comes_again_under_another_checkpoint_and_counts_once(spark, night, tmp_path, monkeypatch):
+    """Killed when raw_events had the rows and events had not; the new checkpoint brings them in a later batch."""
+    storage, settings = night("half")
+    rows = live_events()
+    layer = speed_layer(storage, settings)
+    write = Storage.append
+
+    def append(self, spec, frame, transaction=None):
+        if spec.name == EVENTS.name:
+            crash()
+        write(self, spec, frame, transaction)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Storage, "append", append)
+        with pytest.raises(RuntimeError, match="killed"):
+            feed(layer, payloads(spark, tmp_path, rows[30:], "second"), 0)
+    layer = layers.SpeedLayer(storage, settings, lambda: "stream two", layers.utc_now)
+    layer.start()
+    for number, (part, name) in enumerate([(rows[:30], "first"), (rows[30:], "second")]):
+        feed(layer, payloads(spark, tmp_path, part, name), number)
+    check(storage)
+    assert not layer._half_booked
+    assert_same(storage, one_batch(spark, night, tmp_path))
 
 
 def test_everyone_known_has_a_full_list_and_so_has_the_stranger(night):

@@ -3,9 +3,13 @@ ones, and then the table, the largest there is, need not be asked."""
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
+
+log = logging.getLogger(__name__)
 
 # 8 bytes each. A table with more ids is asked in each micro-batch.
 MOST_IDS = 20_000_000
@@ -75,4 +79,8 @@ class KnownIds:
             self._give_up()
 
     def _give_up(self) -> None:
+        if not self._claims_all:
+            log.warning(
+                "more event ids than are kept at hand: each micro-batch asks the table", extra={"most": MOST_IDS}
+            )
         self._claims_all, self._sorted, self._recent = True, np.array([], np.int64), set()

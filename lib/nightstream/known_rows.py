@@ -33,7 +33,8 @@ class KnownRows:
     """
 
     def __init__(self, file: Path, schema: pa.Schema) -> None:
-        self.schema, self.is_complete = schema, False
+        self.schema, self.is_complete, self.is_deleted = schema, False, False
+        self._file = file
         self._lock = threading.Lock()
         self._rows = sqlite3.connect(file, check_same_thread=False, isolation_level=None)
         # The file ends with the process: nothing of it need survive a crash.
@@ -81,9 +82,12 @@ class KnownRows:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def close(self) -> None:
+    def delete(self) -> None:
+        """The file too; nothing can be asked afterwards."""
         with self._lock:
+            self.is_complete, self.is_deleted = False, True
             self._rows.close()
+            self._file.unlink(missing_ok=True)
 
     def _write(self, rows: Sequence[tuple[str, int, bytes]]) -> None:
         with self._lock:

@@ -56,6 +56,8 @@ class KnownUsers:
         if self._is_new:
             shutil.rmtree(self.scratch, ignore_errors=True)
             self._is_new = False
+        self._states.delete()
+        self._attributes.delete()
         self._states, self._attributes = self._rows(STATES), self._rows(_ATTRIBUTES)
         self._users_version = self.storage.version(USERS)
         states = self.storage.read(USER_VECTORS)
@@ -70,6 +72,7 @@ class KnownUsers:
         version = self.storage.version(USERS)
         if version != self._users_version and not self._given_up:
             self._users_version = version
+            self._attributes.delete()
             self._attributes = self._rows(_ATTRIBUTES)
             self._pool.submit(self._fill_attributes)
 
@@ -105,8 +108,8 @@ class KnownUsers:
         """Stop filling and delete the files."""
         self._closed.set()
         self._pool.shutdown(cancel_futures=True)
-        self._states.close()
-        self._attributes.close()
+        self._states.delete()
+        self._attributes.delete()
         self._folder.cleanup()
 
     def _rows(self, schema: pa.Schema) -> KnownRows:
@@ -124,6 +127,8 @@ class KnownUsers:
         try:
             known.put_all(rows, self._part(), self._closed.is_set)
         except Exception:
+            if known.is_deleted:
+                return
             # The stream goes on without: the tables have it all.
             self._given_up = True
             if not self._closed.is_set():

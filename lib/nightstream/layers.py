@@ -25,7 +25,7 @@ from nightstream.events import foldable
 from nightstream.following import Follower
 from nightstream.known_ids import KnownIds
 from nightstream.known_users import KnownUsers
-from nightstream.ledger import Counts, Recorded, arrive, book
+from nightstream.ledger import Counts, Recorded, arrive, book, is_balanced
 from nightstream.news import News
 from nightstream.payload import Payload
 from nightstream.refresh import (
@@ -172,6 +172,7 @@ class SpeedLayer:
         self._pool = ThreadPoolExecutor(1, "ask")
         self._known_ids: KnownIds | None = None
         self._some_behind = True
+        self._half_booked = False
 
     def start(self) -> None:
         """Merge what an earlier process committed and did not merge; before the first micro-batch of each query.
@@ -183,6 +184,7 @@ class SpeedLayer:
             self.payload = self.news.first()
         self.follower.start()
         self._fold_in()
+        self._half_booked = not is_balanced(self.storage)
         self.known_users.start()
         self.payload.load()
         self._known_ids = KnownIds.of(self.storage.read_or_empty(EVENTS))
@@ -200,8 +202,10 @@ class SpeedLayer:
         self._take_up_news()
         arriving = arrive(arrived, settings, micro_batch=True)
         ahead = self._ask_ahead(arriving)
-        # Spark repeats a micro-batch only as the first one after a start.
-        recorded = book(storage, arriving, settings, micro_batch=True, fresh=not first, known_ids=self._known_ids)
+        # Spark repeats a micro-batch only as the first one after a start; under a new checkpoint, what was cut off
+        # comes again at any time.
+        fresh = not first and not self._half_booked
+        recorded = book(storage, arriving, settings, micro_batch=True, fresh=fresh, known_ids=self._known_ids)
         laps.end("record")
         try:
             if first and serving.is_committed(storage, self.writer, batch_id):
@@ -225,6 +229,8 @@ class SpeedLayer:
             recorded.written()
             recorded.release()
         now, visible_seconds = self.clock(), sum(laps.seconds.values())
+        if self._half_booked:
+            self._half_booked = not is_balanced(storage)
         self.known_users.committed(committed)
         self.follower.add(committed)
         laps.end("queue")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -24,6 +24,7 @@ from nightstream.cutting import LOCAL_ROWS, Cut, cut
 from nightstream.errors import TableError
 from nightstream.known_ids import HASHES, KnownIds, with_hashes
 from nightstream.settings import Settings
+from nightstream.side_by_side import finish, start
 from nightstream.storage import Storage
 from nightstream.tables import DUPLICATES, EVENTS, QUARANTINE, RAW_EVENTS, TableSpec
 
@@ -75,7 +76,7 @@ class Recorded:
 
     def written(self) -> None:
         """Wait until all is in the tables. Raises what the writes have met."""
-        _finish(self._writes)
+        finish(self._writes)
 
     def release(self) -> None:
         """Free the cached rows; the frames stay usable and are computed again."""
@@ -138,13 +139,24 @@ def record(
     return book(storage, arrive(arrived, settings, micro_batch), settings, micro_batch, fresh)
 
 
-def check(storage: Storage) -> dict[str, int]:
-    """The row counts of the four tables. Raises TableError unless raw_events = events + quarantine + duplicates."""
+def is_balanced(storage: Storage) -> bool:
+    """Whether raw_events = events + quarantine + duplicates; not so after a write that was cut off, until its rows have
+    come again."""
+    rows = _row_counts(storage)
+    return rows["raw_events"] == rows["events"] + rows["quarantine"] + rows["duplicates"]
+
+
+def _row_counts(storage: Storage) -> dict[str, int]:
     counted = [
         storage.read_or_empty(t).agg(F.count("*").alias("rows")).withColumn("table", F.lit(t.name)) for t in TABLES
     ]
     both = counted[0].unionByName(counted[1]).unionByName(counted[2].unionByName(counted[3]))
-    rows = {r.table: r.rows for r in both.collect()}  # four rows
+    return {r.table: r.rows for r in both.collect()}  # four rows
+
+
+def check(storage: Storage) -> dict[str, int]:
+    """The row counts of the four tables. Raises TableError unless raw_events = events + quarantine + duplicates."""
+    rows = _row_counts(storage)
     total = rows["events"] + rows["quarantine"] + rows["duplicates"]
     if rows["raw_events"] != total:
         raise TableError(
@@ -286,13 +298,13 @@ class _Booking:
             fresh, added["raw_events"] = self._unknown(RAW_EVENTS, self.parsed, self.raw)
         raw = self._append(RAW_EVENTS, fresh, added)
         if self.micro_batch and not superseding:
-            return added, _start([*tasks, *raw])
-        _finish(_start([*tasks, *raw] if self.micro_batch else tasks))
+            return added, start([*tasks, *raw])
+        finish(start([*tasks, *raw] if self.micro_batch else tasks))
         if resolved is not None and superseding:
             # After duplicates: from events alone a replay could no longer tell what was replaced.
             self._merge(resolved)
         if not self.micro_batch:
-            _finish(_start(raw))
+            finish(start(raw))
         return added, []
 
     def _unknown(self, spec: TableSpec, rows: DataFrame, count: int) -> tuple[DataFrame, int]:
@@ -342,7 +354,7 @@ class _Booking:
         if retracted:
             targets = _all(retracted).select(F.col("retracts").alias("event_id")).distinct()
             # A retraction and its event may come together.
-            _finish(writes)
+            finish(writes)
             users.append(
                 self.storage.read(EVENTS).join(F.broadcast(targets), "event_id", "left_semi").select("user_id")
             )
@@ -381,20 +393,3 @@ def _all(frames: list[DataFrame]) -> DataFrame:
     for frame in rest:
         first = first.unionByName(frame)
     return first
-
-
-def _start(tasks: list[Callable[[], None]]) -> list[Future[None]]:
-    """Run all, side by side."""
-    if not tasks:
-        return []
-    pool = ThreadPoolExecutor(len(tasks))
-    futures = [pool.submit(task) for task in tasks]
-    pool.shutdown(wait=False)
-    return futures
-
-
-def _finish(running: list[Future[None]]) -> None:
-    """Wait for all, then raise the first error."""
-    wait(running)
-    for future in running:
-        future.result()

@@ -76,7 +76,9 @@ def stream_events(spark: SparkSession, settings: StreamSettings) -> DataFrame:
     reader = spark.readStream
     try:
         if settings.format == "kafka":
-            limits = {"subscribe": settings.path, "maxOffsetsPerTrigger": str(settings.max_per_trigger)}
+            # Spark's own default is `latest`: what came before the first start would be left out without a word.
+            limits = {"startingOffsets": "earliest", "maxOffsetsPerTrigger": str(settings.max_per_trigger)}
+            limits["subscribe"] = settings.path
             options = {**limits, **options, "includeHeaders": "true"}
             return kafka_payloads(reader.format("kafka").options(**options).load(), settings.path)
         limits = {"maxFilesPerTrigger": str(settings.max_per_trigger)}

@@ -11,6 +11,7 @@ an hour brings at one every ten seconds, while memory is watched.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -99,8 +100,11 @@ def at_rate(stream: Stream, rate: int, seconds: float) -> dict[str, float]:
 
 def resident_mb() -> tuple[float, float]:
     """Of this process, and of its children (the JVM, Python workers); pages that they share count once."""
-    here = psutil.Process()
-    children = sum(p.memory_full_info().pss for p in here.children(recursive=True))
+    here, children = psutil.Process(), 0
+    for child in here.children(recursive=True):
+        # Spark's Python workers come and go.
+        with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):
+            children += child.memory_full_info().pss
     return here.memory_full_info().pss / 2**20, children / 2**20
 
 
