@@ -24,7 +24,7 @@ def mark(storage: Storage, source: str, now: datetime) -> None:
 
 def unmark(storage: Storage) -> None:
     """All recorded events are in the windows."""
-    if not storage.read_or_empty(UNFOLDED).isEmpty():
+    if is_marked(storage):
         storage.overwrite(UNFOLDED, storage.read(UNFOLDED).limit(0))
 
 

@@ -139,7 +139,7 @@ class Stream:
             begun = time.monotonic()
             if clock.filled is not None:
                 clock.filled.result()
-            progress.say(f"the states of all users were read ahead in {time.monotonic() - begun:.0f} s")
+            progress.say(f"waited {time.monotonic() - begun:.0f} s until all users were read ahead")
             try:
                 yield self
             finally:
