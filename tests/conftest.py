@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,11 +16,14 @@ from nightstream.steps import nightly
 from nightstream.storage import Storage
 
 ROOT = Path(__file__).parent.parent
+# Runs are too short for the second compiler to pay; for the session below and all processes that tests start.
+os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1")
 
 
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory):
-    spark_settings = load([ROOT / "conf" / "base.yaml"], ["spark.shuffle_partitions=2", "spark.driver_memory=2g"]).spark
+    overrides = ["spark.master=local[2]", "spark.shuffle_partitions=2", "spark.driver_memory=2g"]
+    spark_settings = load([ROOT / "conf" / "base.yaml"], overrides).spark
     warehouse = tmp_path_factory.mktemp("warehouse")
     session_ = session.build(
         spark_settings,

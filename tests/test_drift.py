@@ -88,6 +88,30 @@ def test_a_running_stream_takes_up_columns_that_a_delta_table_gains_and_loses(sp
 
 
 @pytest.mark.slow
+def test_a_column_that_a_delta_table_drops_and_adds_again_with_another_type_is_validated_like_any_other(
+    spark, night, tmp_path
+):
+    storage, settings = night("retyped")
+    before, table = check(storage), str(tmp_path / "source")
+    settings = streaming(settings, format="delta", path=table)
+
+    def append(rows: list[dict], columns: str) -> None:
+        frame = spark.createDataFrame(rows, columns)
+        frame.write.format("delta").option("delta.columnMapping.mode", "name").mode("append").save(table)
+
+    append([event(0)], COLUMNS)
+    serve.run(spark, settings, until_idle=True)
+    for change in ("DROP COLUMN event_time", "ADD COLUMN event_time string"):
+        spark.sql(f"ALTER TABLE delta.`{table}` {change}")
+    texts = [{**event(1), "event_time": str(event(1)["event_time"])}, {**event(2), "event_time": "soon"}]
+    append(texts, COLUMNS.replace("long", "string"))
+    serve.run(spark, settings, until_idle=True)
+    assert since(storage, before) == {"raw_events": 3, "events": 2, "quarantine": 1, "duplicates": 0}
+    assert rejected(storage) == {("unreadable", "event_time"): 1}
+    assert payload_of(storage, '"d2"')["event_time"] == "soon"
+
+
+@pytest.mark.slow
 def test_a_delta_table_that_was_rewritten_with_another_type_needs_a_new_checkpoint(spark, night, tmp_path):
     storage, settings = night("rewritten")
     before, table = check(storage), str(tmp_path / "source")

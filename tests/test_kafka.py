@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -15,8 +16,9 @@ import yaml
 from kafka_broker import Broker
 from nightstream import sources
 from nightstream.ledger import check
-from nightstream.tables import QUARANTINE, RAW_EVENTS, USER_VECTORS
+from nightstream.tables import EVENTS, QUARANTINE, RAW_EVENTS, USER_VECTORS
 from pyspark.sql import functions as F
+from states import assert_same, recomputed
 
 CONF = Path(__file__).parent.parent / "conf"
 PASSWORD, WRONG_PASSWORD = "hush-1234", "pst-5678"
@@ -43,7 +45,8 @@ def broker(tmp_path_factory):
 
 @pytest.fixture
 def serve(night, tmp_path, request):
-    """serve(stream options, environment) -> the finished process of the command, on a topic named like the test."""
+    """Storage and settings of a night, and serve(stream options, environment) -> the finished process of the command,
+    on a topic named like the test."""
     storage, settings = night("kafka")
     document = settings.model_dump(mode="json")
     overlay = yaml.safe_load((CONF / "kafka.yaml").read_text(encoding="utf-8"))
@@ -57,7 +60,7 @@ def serve(night, tmp_path, request):
         command = [str(Path(sys.executable).with_name("nightstream")), "serve", "--until-idle", "--settings", str(file)]
         return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
 
-    return storage, run
+    return storage, settings, run
 
 
 def told(done: subprocess.CompletedProcess[str]) -> dict:
@@ -67,7 +70,7 @@ def told(done: subprocess.CompletedProcess[str]) -> dict:
 
 @pytest.mark.slow
 def test_messages_of_a_topic_refresh_their_users_and_a_restart_goes_on(broker, serve, request):
-    storage, run = serve
+    storage, _, run = serve
     topic, before = request.node.name, check(storage)["events"]
     options = ({"kafka.bootstrap.servers": "${env:BROKER}"}, {"BROKER": broker.address})
     broker.send(topic, [*lines(range(59)), f"origin:db/17,origin:db/18\t{lines(range(59, 60))[0]}"])
@@ -91,8 +94,34 @@ def test_messages_of_a_topic_refresh_their_users_and_a_restart_goes_on(broker, s
 
 
 @pytest.mark.slow
+def test_events_out_of_order_over_the_partitions_end_in_the_state_of_one_batch(broker, serve, request, tmp_path):
+    storage, settings, run = serve
+    topic, rng = request.node.name, random.Random(3)
+    # Some 16 of each user, more than the window holds; late by up to months, in any order, some of them twice.
+    rows = [
+        {
+            "event_id": f"k{n}",
+            "user_id": f"u{n % 6:03}",
+            "item_id": f"i{rng.randrange(world.ITEMS):02}",
+            "event_time": world.START + 10**6 - int(10 ** rng.uniform(0, 6.9)),
+        }
+        for n in range(96)
+    ]
+    sent = [*rows, *rng.sample(rows, 12)]
+    rng.shuffle(sent)
+    broker.send(topic, [json.dumps(row) for row in sent])
+    assert told(run({"kafka.bootstrap.servers": broker.address}, {}))["batches"] >= 3
+    raw = storage.read(RAW_EVENTS).where(f"source = 'kafka:{topic}'").select("position").collect()
+    assert {r.position.rsplit("/", 1)[0] for r in raw} == {f"{topic}/0", f"{topic}/1"}
+    stored = storage.read(EVENTS).where("event_id LIKE 'k%'").select("event_id", "user_id", "item_id", "event_time")
+    assert {(*r[:3], int(r.event_time.timestamp())) for r in stored.collect()} == {tuple(row.values()) for row in rows}
+    assert check(storage)["duplicates"] == 12
+    assert_same(storage, recomputed(storage, settings, tmp_path / "copy"))
+
+
+@pytest.mark.slow
 def test_a_password_reaches_the_broker_and_nothing_else(broker, serve, request, tmp_path):
-    _, run = serve
+    _, _, run = serve
     broker.send(request.node.name, lines(range(3)))
     login = {
         "kafka.bootstrap.servers": broker.guarded_address,

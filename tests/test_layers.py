@@ -288,6 +288,9 @@ def test_what_was_half_booked_comes_again_under_another_checkpoint_and_counts_on
     for number, (part, name) in enumerate([(rows[:30], "first"), (rows[30:], "second")]):
         feed(layer, payloads(spark, tmp_path, part, name), number)
     check(storage)
+    assert layer._half_booked
+    monkeypatch.setattr(layer.news, "is_due", lambda: True)
+    layer.between_batches()
     assert not layer._half_booked
     assert_same(storage, one_batch(spark, night, tmp_path))
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from nightstream import measurements, monitoring
-from nightstream.layers import BatchReport
+from nightstream.batch_report import BatchReport
 from nightstream.measurements import Interval
 from nightstream.monitoring import Monitor
 from pyspark.sql.streaming.listener import StreamingQueryProgress

@@ -127,14 +127,24 @@ def held_back(rows, folder):
     return rows.mapInArrow(wait, rows.schema)
 
 
-@pytest.mark.parametrize("attempts", [1, 3])
+def other_commits(storage, table):
+    newer = serving.commit(storage, refreshed(storage.spark, ("u", 3, ["x", "y"])), "test", 3, AT)
+    serving.merge(storage, newer, LAYOUT, 5)
+
+
+def compaction(storage, table):
+    (spec,) = (spec for spec in (USER_VECTORS, RECOMMENDATIONS) if spec.name == table)
+    assert storage.table(spec).optimize().executeCompaction().first().metrics.numFilesRemoved > 1
+
+
+@pytest.mark.parametrize(("met", "attempts"), [(other_commits, 1), (other_commits, 3), (compaction, 3)])
 @pytest.mark.parametrize("table", ["user_vectors", "recommendations"])
 def test_a_merge_that_meets_another_writer_is_tried_again_and_loses_nothing(
-    storage, spark, tmp_path, caplog, monkeypatch, table, attempts
+    storage, spark, tmp_path, caplog, monkeypatch, table, attempts, met
 ):
     commit_and_merge(storage, refreshed(spark, ("u", 1, ["a"]), ("v", 1, ["b"])), 0)
-    committed = serving.commit(storage, refreshed(spark, ("u", 2, ["c"]), ("v", 2, ["d", "e"])), "test", 1, AT)
-    newer = serving.commit(storage, refreshed(spark, ("u", 3, ["x", "y"])), "test", 2, AT)
+    commit_and_merge(storage, refreshed(spark, ("w", 1, ["a"])), 1)
+    committed = serving.commit(storage, refreshed(spark, ("u", 2, ["c"]), ("v", 2, ["d", "e"])), "test", 2, AT)
     name = {"user_vectors": "_merge_states", "recommendations": "_merge_lists"}[table]
     merge = getattr(serving, name)
 
@@ -148,7 +158,7 @@ def test_a_merge_that_meets_another_writer_is_tried_again_and_loses_nothing(
             time.sleep(0.05)
         patched.undo()
         try:
-            serving.merge(storage, newer, LAYOUT, 5)
+            met(storage, table)
         finally:
             (tmp_path / "go").touch()
         if attempts == 1:
@@ -159,5 +169,7 @@ def test_a_merge_that_meets_another_writer_is_tried_again_and_loses_nothing(
         else:
             merging.result()
             assert (table, 1) in {(r.what, r.attempt) for r in caplog.records if "trying again" in r.message}
-    assert lists(storage) == [("u", 1, "x", 3), ("u", 2, "y", 3), ("v", 1, "d", 2), ("v", 2, "e", 2)]
-    assert {(r.user_id, r.revision) for r in storage.read(USER_VECTORS).collect()} == {("u", 3), ("v", 2)}
+    of_u = [("u", 1, "x", 3), ("u", 2, "y", 3)] if met is other_commits else [("u", 1, "c", 2)]
+    assert lists(storage) == [*of_u, ("v", 1, "d", 2), ("v", 2, "e", 2), ("w", 1, "a", 1)]
+    revisions = {("u", of_u[0][3]), ("v", 2), ("w", 1)}
+    assert {(r.user_id, r.revision) for r in storage.read(USER_VECTORS).collect()} == revisions

@@ -14,8 +14,8 @@ from types import TracebackType
 from rich.live import Live
 
 from nightstream import progress
+from nightstream.batch_report import BatchReport
 from nightstream.errors import SourceError
-from nightstream.layers import BatchReport
 from nightstream.settings import EventSource
 from nightstream.sources import recbole_name
 

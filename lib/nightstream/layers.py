@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from nightstream import registry, serving, unfolded_events
+from nightstream.batch_report import BatchReport, Laps
 from nightstream.cutting import Cut, cut
 from nightstream.events import foldable
 from nightstream.following import Follower
@@ -90,51 +90,13 @@ def apply_all(
     refreshed = serving.settled(refresh(states, events, users, None, refresher(settings, payload)), limit=0)
     # Never a repetition: run again, it refreshes from newer states, and what is merged must stand in `refreshes`.
     refolded = refreshed.rows.select("user_id")
-    commit = serving.commit(storage, refreshed, writer, batch_id, now, fresh=True, refolded=refolded)
+    attempts = settings.serving.merge_attempts
+    commit = serving.commit(storage, refreshed, writer, batch_id, now, True, refolded, attempts)
     count: int = refreshed.totals["users"] or 0
-    serving.merge(storage, commit, serving.Layout.of(storage, settings.serving.top_k), settings.serving.merge_attempts)
+    serving.merge(storage, commit, serving.Layout.of(storage, settings.serving.top_k), attempts)
     if only is None:
-        serving.spread(storage, count)
+        serving.spread(storage, count, attempts)
     return count
-
-
-@dataclass(frozen=True)
-class BatchReport:
-    """What one micro-batch did.
-
-    visible_seconds: from its start to its commit; delay_seconds: from the arrival of its oldest event to its commit.
-    oldest_event_seconds, newest_event_seconds: from the time of its oldest and its newest event to its commit.
-    last_arrival: when its newest row arrived. None where no row tells that time.
-    phases: seconds by what they were spent on; record: the arriving rows are cut off and booked; refresh; write: what
-    is left to wait for of the appends of the booking; commit: the append to `refreshes`; queue: waiting until the
-    MERGEs have room for it. unmerged: commits that the serving tables lack, this one included.
-    """
-
-    batch_id: int
-    events: int
-    quarantined: int
-    duplicates: int
-    users: int
-    visible_seconds: float
-    delay_seconds: float | None
-    oldest_event_seconds: float | None
-    newest_event_seconds: float | None
-    last_arrival: datetime | None
-    phases: dict[str, float]
-    unmerged: int
-    model_version: str
-
-
-class Laps:
-    """Seconds by phase, one after the other."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._since = time.monotonic()
-
-    def end(self, phase: str) -> None:
-        now = time.monotonic()
-        self.seconds[phase], self._since = now - self._since, now
 
 
 @dataclass(frozen=True)
@@ -185,6 +147,8 @@ class SpeedLayer:
         self.follower.start()
         self._fold_in()
         self._half_booked = not is_balanced(self.storage)
+        if self._half_booked:
+            log.warning("a write was cut off: every payload is looked for in raw_events until the sums are right again")
         self.known_users.start()
         self.payload.load()
         self._known_ids = KnownIds.of(self.storage.read_or_empty(EVENTS))
@@ -222,6 +186,7 @@ class SpeedLayer:
                 self.clock(),
                 fresh=True,
                 refolded=recorded.refold_users,
+                attempts=settings.serving.merge_attempts,
             )
             laps.end("commit")
         finally:
@@ -229,8 +194,6 @@ class SpeedLayer:
             recorded.written()
             recorded.release()
         now, visible_seconds = self.clock(), sum(laps.seconds.values())
-        if self._half_booked:
-            self._half_booked = not is_balanced(storage)
         self.known_users.committed(committed)
         self.follower.add(committed)
         laps.end("queue")
@@ -278,6 +241,8 @@ class SpeedLayer:
         if newer is not None:
             self.payload, self._some_behind = newer, True
         self.known_users.look_again()
+        if self._half_booked:
+            self._half_booked = not is_balanced(self.storage)
 
     def _fold_in(self) -> None:
         """Fold in what an ingest has recorded and no night has applied since."""

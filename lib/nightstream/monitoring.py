@@ -26,7 +26,7 @@ from pyspark.sql.streaming.listener import (
 )
 
 from nightstream import backlog, measurements
-from nightstream.layers import BatchReport
+from nightstream.batch_report import BatchReport
 from nightstream.measurements import Interval
 from nightstream.settings import StreamSettings
 from nightstream.storage import Storage

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -50,18 +51,19 @@ def commit(
     refreshed_at: datetime,
     fresh: bool = False,
     refolded: DataFrame | None = None,
+    attempts: int = 1,
 ) -> Cut:
     """Append one row per refreshed user to `refreshes`, once per (writer, batch_id). Returns the rows as committed.
 
     fresh: the caller knows by `is_committed`, or has just begun it, that this batch is not committed yet; else Delta
     looks for it in the table's log.
     refolded: user_id of those whose states were folded from their whole history; what the side table had of them from
-    before is no longer true where an event has been taken back.
+    before is no longer true where an event has been taken back. attempts: of deleting it, where another writer is met.
 
     refreshed: rows of the refresh, cut off by `settled`. Overflowing seen entries go to their side table first: were
     the order the other way round, a crash between the two would lose them.
     """
-    _keep_overflow(storage, refreshed, refolded)
+    _keep_overflow(storage, refreshed, refolded, attempts)
     told = {"refreshed_at": refreshed_at, "writer": writer, "batch_id": batch_id}
     if refreshed.table is not None:
         count = refreshed.table.num_rows
@@ -76,7 +78,7 @@ def commit(
     return committed
 
 
-def _keep_overflow(storage: Storage, refreshed: Cut, refolded: DataFrame | None) -> None:
+def _keep_overflow(storage: Storage, refreshed: Cut, refolded: DataFrame | None, attempts: int) -> None:
     """Repeated rows do no harm, so a batch that comes again appends them again: its users may be others."""
     surplus = refreshed.rows.where(F.size("overflow") > 0).select("user_id", F.explode("overflow").alias("o"))
     entries = surplus.select("user_id", "o.item_id", "o.event_time")
@@ -89,8 +91,12 @@ def _keep_overflow(storage: Storage, refreshed: Cut, refolded: DataFrame | None)
     stale = before.join(entries.select(*key), key, "left_anti")
     if stale.isEmpty():
         return
-    same = "t.user_id = s.user_id AND t.item_id = s.item_id"
-    storage.table(SEEN_OVERFLOW).alias("t").merge(stale.alias("s"), same).whenMatchedDelete().execute()
+
+    def delete() -> None:
+        same = "t.user_id = s.user_id AND t.item_id = s.item_id"
+        storage.table(SEEN_OVERFLOW).alias("t").merge(stale.alias("s"), same).whenMatchedDelete().execute()
+
+    storage.with_retries(delete, attempts, SEEN_OVERFLOW.name)
 
 
 def is_committed(storage: Storage, writer: str, batch_id: int) -> bool:
@@ -136,10 +142,10 @@ def merge(storage: Storage, rows: Cut, layout: Layout, attempts: int) -> None:
         lists.result()
 
 
-def spread(storage: Storage, users: int) -> None:
+def spread(storage: Storage, users: int, attempts: int) -> None:
     """Give both serving tables as many buckets as so many users need, one table after the other."""
     for spec in (USER_VECTORS, RECOMMENDATIONS):
-        buckets.spread(storage, spec, users)
+        storage.with_retries(partial(buckets.spread, storage, spec, users), attempts, spec.name)
 
 
 def merge_tail(storage: Storage, layout: Layout, attempts: int) -> None:

@@ -196,7 +196,7 @@ def measure(
     users: Annotated[int, typer.Option("--users", help="Users in the tables, a multiple of 4,000.")] = 100_000,
     items: Annotated[int, typer.Option("--items", help="Items in the catalogue.")] = 20_000,
     batches: Annotated[int, typer.Option("--batches", help="Micro-batches that are measured each time.")] = 11,
-    seconds: Annotated[float, typer.Option("--seconds", help="How long each rate lasts.")] = 40.0,
+    seconds: Annotated[float, typer.Option("--seconds", help="How long each rate lasts.")] = 60.0,
     grown: Annotated[int, typer.Option("--grown", help="How many times larger the larger ones are.")] = 10,
     hour: Annotated[int, typer.Option("--hour", help="Micro-batches over which memory is watched, at least 10.")] = 360,
     work: Annotated[Path | None, typer.Option("--work", help="Where the tables go; some GB.")] = None,

@@ -15,9 +15,9 @@ from unittest import mock
 
 import numpy as np
 from nightstream import following, progress, serving
+from nightstream.batch_report import BatchReport
 from nightstream.cutting import Cut
 from nightstream.known_users import KnownUsers
-from nightstream.layers import BatchReport
 from nightstream.settings import Settings
 from nightstream.steps import serve
 from nightstream.storage import Storage

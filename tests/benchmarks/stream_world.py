@@ -13,7 +13,7 @@ from nightstream import buckets, settings
 from nightstream.settings import Settings
 from nightstream.steps import apply, ingest, publish, train
 from nightstream.storage import Storage
-from nightstream.tables import EVENTS, RECOMMENDATIONS, REFRESHES, USER_VECTORS
+from nightstream.tables import EVENTS, RAW_EVENTS, RECOMMENDATIONS, REFRESHES, USER_VECTORS
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -122,7 +122,8 @@ def enlarged(spark: SparkSession, origin: Settings, folder: Path, users: int) ->
     for spec in (USER_VECTORS, RECOMMENDATIONS):
         rows = storage.read(spec).where("user_id <> '*'")
         buckets.lay_out(storage, spec, multiplied(rows, "user_id"), buckets.wanted(users))
-    storage.overwrite(EVENTS, multiplied(storage.read(EVENTS), "user_id", "event_id"))
+    for spec, names in ((EVENTS, ("user_id", "event_id", "raw_id")), (RAW_EVENTS, ("raw_id",))):
+        storage.overwrite(spec, multiplied(storage.read(spec), *names))
     # What was shown before the measurement plays no part in it.
     storage.overwrite(REFRESHES, storage.read(REFRESHES).limit(0))
     return made

@@ -135,6 +135,10 @@ def killed(night, tmp_path, places: list[str], moments: int, seed: int):
     assert_same(storage, state_of(undisturbed))
 
 
+def test_killed_between_two_writes_and_at_a_moment_it_ends_in_the_undisturbed_state(night, tmp_path):
+    killed(night, tmp_path, ["before append refreshes"], 1, 51)
+
+
 @pytest.mark.slow
 def test_killed_at_some_writes_and_moments_it_ends_in_the_undisturbed_state(night, tmp_path):
     killed(night, tmp_path, ["after append events", "before append refreshes", "after merge recommendations 2"], 1, 11)

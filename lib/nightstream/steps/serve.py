@@ -15,9 +15,10 @@ from pyspark.sql.streaming.query import StreamingQuery
 from pyspark.sql.streaming.readwriter import DataStreamWriter
 
 from nightstream import sources
+from nightstream.batch_report import BatchReport
 from nightstream.errors import NightstreamError, TableError, WriterBusyError
 from nightstream.freshness import make_view
-from nightstream.layers import BatchReport, SpeedLayer, utc_now
+from nightstream.layers import SpeedLayer, utc_now
 from nightstream.lease import Lease
 from nightstream.ledger import parsed
 from nightstream.monitoring import Monitor
