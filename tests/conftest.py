@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,8 +15,6 @@ from nightstream.steps import nightly
 from nightstream.storage import Storage
 
 ROOT = Path(__file__).parent.parent
-# Runs are too short for the second compiler to pay; for the session below and all processes that tests start.
-os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1")
 
 
 @pytest.fixture(scope="session")
