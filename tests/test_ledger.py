@@ -108,7 +108,14 @@ def test_every_row_ends_in_one_table(spark, settings, storage):
         assert contents(storage) == before
 
 
-@pytest.mark.parametrize("batch", [[line("n1"), line("n2")], [line("n1"), line("n1")], [line("a", "u1"), line("n1")]])
+@pytest.mark.parametrize(
+    "batch",
+    [
+        [line("n1"), line("n2")],
+        pytest.param([line("n1"), line("n1")], marks=pytest.mark.slow),
+        [line("a", "u1"), line("n1")],
+    ],
+)
 def test_known_ids_spare_the_table_and_change_nothing(spark, settings, storage, monkeypatch, batch):
     record(storage, payloads(spark, FIRST, "f1"), settings)
     known = KnownIds.of(storage.read(EVENTS))
