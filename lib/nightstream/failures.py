@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from py4j.protocol import Py4JError, Py4JNetworkError
+
 # What Python raises inside a micro-batch or on an executor comes back as the text of a Java exception.
 _OURS = re.compile(r"nightstream\.errors\.\w+: ([^\r\n]+)")
 
@@ -40,18 +42,23 @@ _KAFKA = {
     "Timed out waiting for a node assignment": "no Kafka broker answers; check kafka.bootstrap.servers in "
     "stream.options, and that the broker runs",
 }
+_GONE = (
+    "Spark's Java process ended while the command ran; see what it said last, raise spark.driver_memory if it lacked "
+    "memory, and run the command again"
+)
 
 
 def sentence_for(error: BaseException) -> str | None:
     """One sentence where the error, or one that it wraps, is of a known kind; None where it is a defect of ours."""
-    for cause in _chain(error):
-        text = str(cause)
-        if found := _OURS.search(text):
+    told = [(cause, _text(cause)) for cause in _chain(error)]
+    for _, text in told:
+        if found := _OURS.search(text or ""):
             return found[1].strip()
-    for cause in _chain(error):
+    for cause, text in told:
+        if text is None or isinstance(cause, Py4JNetworkError):
+            return _GONE
         if type(cause).__module__.split(".")[0] not in {"pyspark", "py4j"}:
             continue
-        text = str(cause)
         for sign, sentence in _KAFKA.items():
             if sign in text:
                 return sentence
@@ -68,6 +75,14 @@ def _chain(error: BaseException) -> list[BaseException]:
         chain.append(current)
         current = current.__cause__ or current.__context__
     return chain
+
+
+def _text(cause: BaseException) -> str | None:
+    """None where the text lay in a JVM that is gone."""
+    try:
+        return str(cause)
+    except (OSError, Py4JError):
+        return None
 
 
 def _first_line(text: str) -> str:
