@@ -11,7 +11,7 @@ import pytest
 from nightstream import serving
 from nightstream.cutting import Cut
 from nightstream.serving import Layout
-from nightstream.tables import RECOMMENDATIONS, REFRESHED, REFRESHES, SEEN_OVERFLOW, USER_VECTORS
+from nightstream.tables import BY_NAME, RECOMMENDATIONS, REFRESHED, REFRESHES, SEEN_OVERFLOW, USER_VECTORS
 
 AT = datetime(2024, 5, 1, tzinfo=UTC)
 LAYOUT = Layout(3)
@@ -133,8 +133,7 @@ def other_commits(storage, table):
 
 
 def compaction(storage, table):
-    (spec,) = (spec for spec in (USER_VECTORS, RECOMMENDATIONS) if spec.name == table)
-    assert storage.table(spec).optimize().executeCompaction().first().metrics.numFilesRemoved > 1
+    assert storage.table(BY_NAME[table]).optimize().executeCompaction().first().metrics.numFilesRemoved > 1
 
 
 @pytest.mark.parametrize(("met", "attempts"), [(other_commits, 1), (other_commits, 3), (compaction, 3)])
