@@ -39,7 +39,8 @@ def assert_same(left: Storage, right: tuple[dict, dict]) -> None:
     assert vectors.keys() == other_vectors.keys()
     for user, row in vectors.items():
         other = other_vectors[user]
-        assert {**row, "vector": None} == {**other, "vector": None}, user
+        differing = {c: (row[c], other[c]) for c in row if c != "vector" and row[c] != other[c]}
+        assert not differing, (user, differing)
         np.testing.assert_allclose(row["vector"], other["vector"], atol=NEAR)
     assert lists.keys() == other_lists.keys()
     for user, rows in lists.items():

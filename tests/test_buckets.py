@@ -69,7 +69,7 @@ def test_spark_and_python_agree_on_the_bucket(spark):
 def test_a_merge_into_buckets_leaves_other_files_alone_and_loses_nothing(storage, few_users, on_driver):
     merged(storage, 0, {user: (1, ["a", "b"]) for user in USERS}, Layout(2))
     before = held(storage)
-    serving.spread(storage, len(USERS))
+    serving.spread(storage, len(USERS), 1)
     layout = Layout.of(storage, 2)
     assert layout == Layout(2, 4, 4)
     assert held(storage) == before
@@ -77,7 +77,7 @@ def test_a_merge_into_buckets_leaves_other_files_alone_and_loses_nothing(storage
     assert all(len(found) > 1 for found in laid.values())
     # Nothing changes, nothing is written.
     versions = [storage.version(spec) for spec in TABLES]
-    serving.spread(storage, len(USERS))
+    serving.spread(storage, len(USERS), 1)
     assert [storage.version(spec) for spec in TABLES] == versions
 
     merged(storage, 1, {"u1": (2, ["c"]), "new": (1, ["d", "e"])}, layout, on_driver)
@@ -94,7 +94,7 @@ def test_a_merge_into_buckets_leaves_other_files_alone_and_loses_nothing(storage
         }
     # A smaller table goes back into one piece.
     now = held(storage)
-    serving.spread(storage, 2)
+    serving.spread(storage, 2, 1)
     assert Layout.of(storage, 2) == Layout(2)
     assert held(storage) == now
     merged(storage, 3, {"u2": (2, ["z"])}, Layout.of(storage, 2), on_driver)

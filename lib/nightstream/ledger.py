@@ -347,10 +347,12 @@ class _Booking:
             replaced.append(resolved.where(F.col("outcome") == E.SUPERSEDING).select(*EVENTS.schema.names))
         if found[E.STORED] and self.micro_batch:
             replaced += self._replaced_before(current)
-        users = [r.select("user_id") for r in replaced]
-        retracted = [r.where(F.col("event_type") == self.retraction_type).select("retracts") for r in replaced]
+        retraction = F.col("event_type") == self.retraction_type
+        # Who takes an event back need not be its user, and has no other window for it.
+        users = [r.where(~retraction).select("user_id") for r in replaced]
+        retracted = [r.where(retraction).select("retracts") for r in replaced]
         if found["retractions"]:
-            retracted.append(current.where(F.col("event_type") == self.retraction_type).select("retracts"))
+            retracted.append(current.where(retraction).select("retracts"))
         if retracted:
             targets = _all(retracted).select(F.col("retracts").alias("event_id")).distinct()
             # A retraction and its event may come together.
