@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nightstream.similarity import BLOCK, best_columns, best_unordered, cosine, top_k, unit
+from nightstream.similarity import best_columns, best_unordered, cosine, exclude
 
 
 def test_cosine_of_the_articles_example_is_what_the_formula_gives_and_not_what_the_article_prints() -> None:
@@ -38,28 +38,8 @@ def test_best_unordered_holds_the_k_highest(items: int, k: int) -> None:
     assert all(len(set(row)) == k for row in found.tolist())
 
 
-def test_top_k_leaves_out_seen_and_unavailable_items_and_pads_with_row_zero() -> None:
-    items = unit(np.array([[1, 0], [0.9, 0.1], [0, 1], [-1, 0]], np.float32))
-    available = np.array([True, True, False, True])
-    rows, scores = top_k(np.array([[1, 0]], np.float32), items, 4, available, np.array([1], np.int32), np.array([0, 1]))
-    assert rows.tolist() == [[2, 4, 0, 0]]
-    assert scores[0, 1] == pytest.approx(-1.0)
-    assert np.isneginf(scores[0, 2:]).all()
-
-
-def test_top_k_equals_brute_force() -> None:
-    rng = np.random.default_rng(0)
-    users, items = unit(rng.normal(size=(150, 8))), unit(rng.normal(size=(40, 8)))
-    rows, _ = top_k(users, items, 5)
-    expected = np.argsort(-(users.astype(np.float64) @ items.T.astype(np.float64)), axis=1)[:, :5] + 1
-    assert rows.tolist() == expected.tolist()
-
-
-def test_a_users_result_is_the_same_alone_and_in_any_batch() -> None:
-    rng = np.random.default_rng(1)
-    users, items = unit(rng.normal(size=(BLOCK + 30, 16))), unit(rng.normal(size=(300, 16)))
-    rows, scores = top_k(users, items, 10)
-    for user in (0, 17, BLOCK - 1, BLOCK, BLOCK + 29):
-        alone_rows, alone_scores = top_k(users[user : user + 1], items, 10)
-        assert alone_rows[0].tolist() == rows[user].tolist()
-        np.testing.assert_array_equal(alone_scores[0], scores[user])
+def test_exclude_takes_out_each_users_own_items_and_no_others() -> None:
+    scores = np.ones((3, 4), np.float32)
+    # Row 0 stands for an item that nobody knows, 9 for one that the catalogue no longer has.
+    exclude(scores, np.array([1, 0, 4, 9, 2], np.int32), np.array([0, 2, 2, 5]))
+    assert np.argwhere(np.isneginf(scores)).tolist() == [[0, 0], [2, 1], [2, 3]]

@@ -1,7 +1,8 @@
 """The refresh: fold a user's new events in, encode the window, retrieve, rank, explain.
 
 One function for the batch layer (all users, whole history), the speed layer (the users of a micro-batch), evaluation
-and replay. It is pure: no clock, no table, no randomness; equal inputs give equal rows, whatever batch they come in.
+and replay. It is pure: no clock, no table, no randomness; equal inputs give equal rows (vectors and scores up to the
+processor's rounding), whatever batch they come in.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Cosine similarity, and exact retrieval of the most similar items.
+"""Cosine similarity, and the exact choice of the highest scores.
 
 The cosine of x and y is x·y / (|x| |y|): for (1, 2, 3) and (4, 5, 6) it is 32 / √(14 · 77) = 0.9746.
 (The article that this project follows prints 0.732 for these two vectors, which is a slip.)
@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+# Floating-point sums depend on the shape of an operation, so users are computed in blocks of one shape.
 BLOCK = 64
 _CHUNK = 16
 
@@ -23,16 +24,6 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """float32 [A, B]: the cosine of each row of a [A, D] with each row of b [B, D]; 0 where either is all zero."""
     return np.asarray(unit(np.atleast_2d(a)) @ unit(np.atleast_2d(b)).T)
-
-
-def padded(vectors: np.ndarray, rows: int = BLOCK) -> np.ndarray:
-    """[rows, ...]: the block filled up with zeros. Floating-point sums depend on an operation's shape, so every block
-    of a computation has one shape, and a row's result does not depend on the number of rows asked for."""
-    if len(vectors) == rows:
-        return vectors
-    out = np.zeros((rows, *vectors.shape[1:]), vectors.dtype)
-    out[: len(vectors)] = vectors
-    return out
 
 
 def best_columns(scores: np.ndarray, k: int) -> np.ndarray:
@@ -79,34 +70,3 @@ def exclude(scores: np.ndarray, rows: np.ndarray, offsets: np.ndarray) -> None:
     users = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     known = (rows > 0) & (rows <= scores.shape[1])
     scores[users[known], rows[known] - 1] = -np.inf
-
-
-def top_k(
-    users: np.ndarray,
-    items: np.ndarray,
-    k: int,
-    available: np.ndarray | None = None,
-    seen: np.ndarray | None = None,
-    seen_offsets: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k items of highest cosine for each user: exact, in blocks of BLOCK users.
-
-    users: float32 [B, D] and items: float32 [M, D], unit vectors. available: bool [M]. seen, seen_offsets: as in
-    blocks.Windows. Returns 1-based rows int32 [B, min(k, M)], 0 behind the last eligible item, and scores of the same
-    shape, −inf there. Ties go to the lower row.
-    """
-    k = min(k, len(items))
-    rows = np.zeros((len(users), k), np.int32)
-    best = np.full((len(users), k), -np.inf, np.float32)
-    for start in range(0, len(users), BLOCK):
-        stop = min(start + BLOCK, len(users))
-        scores = (padded(users[start:stop]) @ items.T)[: stop - start]
-        if available is not None:
-            scores[:, ~available] = -np.inf
-        if seen is not None and seen_offsets is not None:
-            part = seen_offsets[start : stop + 1]
-            exclude(scores, seen[part[0] : part[-1]], part - part[0])
-        columns = best_columns(scores, k)
-        best[start:stop] = np.take_along_axis(scores, columns, 1)
-        rows[start:stop] = np.where(np.isneginf(best[start:stop]), 0, columns + 1)
-    return rows, best
