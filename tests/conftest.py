@@ -20,7 +20,8 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory):
     overrides = ["spark.master=local[2]", "spark.shuffle_partitions=2", "spark.driver_memory=2g"]
-    spark_settings = load([ROOT / "conf" / "base.yaml"], overrides).spark
+    # kafka.yaml adds the package that reads a topic, and nothing else of it concerns a session.
+    spark_settings = load([ROOT / "conf" / name for name in ("base.yaml", "kafka.yaml")], overrides).spark
     warehouse = tmp_path_factory.mktemp("warehouse")
     session_ = session.build(
         spark_settings,

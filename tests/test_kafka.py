@@ -7,8 +7,10 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import world
@@ -16,6 +18,9 @@ import yaml
 from kafka_broker import Broker
 from nightstream import sources
 from nightstream.ledger import check
+from nightstream.settings import Settings, validate
+from nightstream.steps.serve import run
+from nightstream.storage import Storage
 from nightstream.tables import EVENTS, QUARANTINE, RAW_EVENTS, USER_VECTORS
 from pyspark.sql import functions as F
 from states import assert_same, recomputed
@@ -43,43 +48,62 @@ def broker(tmp_path_factory):
         yield running
 
 
-@pytest.fixture
-def serve(night, tmp_path, request):
-    """Storage and settings of a night, and serve(stream options, environment) -> the finished process of the command,
-    on a topic named like the test."""
-    storage, settings = night("kafka")
-    document = settings.model_dump(mode="json")
-    overlay = yaml.safe_load((CONF / "kafka.yaml").read_text(encoding="utf-8"))
-    document["spark"] |= overlay["spark"]
+@dataclass
+class Serving:
+    """The stream of an installation after one night, on a topic named like the test."""
 
-    def run(options: dict[str, str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-        own = {"path": request.node.name, "max_per_trigger": 30, "options": overlay["stream"]["options"] | options}
+    storage: Storage
+    settings: Settings
+    file: Path
+    topic: str
+
+    def written(self, options: dict[str, str]) -> dict[str, Any]:
+        """The settings with these options of the source, as a document that is also in the file."""
+        document = self.settings.model_dump(mode="json")
+        overlay = yaml.safe_load((CONF / "kafka.yaml").read_text(encoding="utf-8"))
+        document["spark"] |= overlay["spark"]
+        own = {"path": self.topic, "max_per_trigger": 30, "options": overlay["stream"]["options"] | options}
         document["stream"] |= {"format": overlay["stream"]["format"], **own}
-        file = tmp_path / "base.yaml"
-        file.write_text(yaml.safe_dump(document), encoding="utf-8")
-        command = [str(Path(sys.executable).with_name("nightstream")), "serve", "--until-idle", "--settings", str(file)]
-        return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+        self.file.write_text(yaml.safe_dump(document), encoding="utf-8")
+        return document
 
-    return storage, settings, run
+    def command(self, options: dict[str, str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        self.written(options)
+        nightstream = str(Path(sys.executable).with_name("nightstream"))
+        return subprocess.run(
+            [nightstream, "serve", "--until-idle", "--settings", str(self.file)],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def here(self, options: dict[str, str]) -> dict[str, Any]:
+        """The same in this process, which has a warm JVM."""
+        return run(self.storage.spark, validate(self.written(options)), until_idle=True)
 
 
-def told(done: subprocess.CompletedProcess[str]) -> dict:
+@pytest.fixture
+def serving(night, tmp_path, request):
+    return Serving(*night("kafka"), tmp_path / "base.yaml", request.node.name)
+
+
+def ended(done: subprocess.CompletedProcess[str]) -> dict:
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
 
 @pytest.mark.slow
-def test_messages_of_a_topic_refresh_their_users_and_a_restart_goes_on(broker, serve, request):
-    storage, _, run = serve
-    topic, before = request.node.name, check(storage)["events"]
-    options = ({"kafka.bootstrap.servers": "${env:BROKER}"}, {"BROKER": broker.address})
+def test_messages_of_a_topic_refresh_their_users_and_a_restart_goes_on(broker, serving):
+    storage, topic = serving.storage, serving.topic
+    before = check(storage)["events"]
     broker.send(topic, [*lines(range(59)), f"origin:db/17,origin:db/18\t{lines(range(59, 60))[0]}"])
     broker.send(topic, ["no event", lines(range(1))[0]])
-    first = told(run(*options))
+    first = ended(serving.command({"kafka.bootstrap.servers": "${env:BROKER}"}, {"BROKER": broker.address}))
     assert first["events"] == 60
     assert first["batches"] >= 3
     broker.send(topic, lines(range(60, 70)))
-    assert told(run(*options))["events"] == 10
+    assert serving.here({"kafka.bootstrap.servers": broker.address})["events"] == 10
     assert check(storage) == {"raw_events": before + 72, "events": before + 70, "quarantine": 1, "duplicates": 1}
     rejected = storage.read(QUARANTINE).first()
     assert (rejected.source, rejected.payload, rejected.reason) == (f"kafka:{topic}", "no event", "not_json")
@@ -94,9 +118,8 @@ def test_messages_of_a_topic_refresh_their_users_and_a_restart_goes_on(broker, s
 
 
 @pytest.mark.slow
-def test_events_out_of_order_over_the_partitions_end_in_the_state_of_one_batch(broker, serve, request, tmp_path):
-    storage, settings, run = serve
-    topic, rng = request.node.name, random.Random(3)
+def test_events_out_of_order_over_the_partitions_end_in_the_state_of_one_batch(broker, serving, tmp_path):
+    storage, topic, rng = serving.storage, serving.topic, random.Random(3)
     # Some 16 of each user, more than the window holds; late by up to months, in any order, some of them twice.
     rows = [
         {
@@ -110,30 +133,29 @@ def test_events_out_of_order_over_the_partitions_end_in_the_state_of_one_batch(b
     sent = [*rows, *rng.sample(rows, 12)]
     rng.shuffle(sent)
     broker.send(topic, [json.dumps(row) for row in sent])
-    assert told(run({"kafka.bootstrap.servers": broker.address}, {}))["batches"] >= 3
+    assert serving.here({"kafka.bootstrap.servers": broker.address})["batches"] >= 3
     raw = storage.read(RAW_EVENTS).where(f"source = 'kafka:{topic}'").select("position").collect()
     assert {r.position.rsplit("/", 1)[0] for r in raw} == {f"{topic}/0", f"{topic}/1"}
     stored = storage.read(EVENTS).where("event_id LIKE 'k%'").select("event_id", "user_id", "item_id", "event_time")
     assert {(*r[:3], int(r.event_time.timestamp())) for r in stored.collect()} == {tuple(row.values()) for row in rows}
     assert check(storage)["duplicates"] == 12
-    assert_same(storage, recomputed(storage, settings, tmp_path / "copy"))
+    assert_same(storage, recomputed(storage, serving.settings, tmp_path / "copy"))
 
 
 @pytest.mark.slow
-def test_a_password_reaches_the_broker_and_nothing_else(broker, serve, request, tmp_path):
-    _, _, run = serve
-    broker.send(request.node.name, lines(range(3)))
+def test_a_password_reaches_the_broker_and_nothing_else(broker, serving, tmp_path):
+    broker.send(serving.topic, lines(range(3)))
     login = {
         "kafka.bootstrap.servers": broker.guarded_address,
         "kafka.security.protocol": "SASL_PLAINTEXT",
         "kafka.sasl.mechanism": "PLAIN",
         "kafka.sasl.jaas.config": JAAS,
     }
-    refused = run(login, {"SECRET": WRONG_PASSWORD})
+    refused = serving.command(login, {"SECRET": WRONG_PASSWORD})
     assert refused.returncode == 2, refused.stderr[-3000:]
     assert "the Kafka broker refuses the login" in refused.stderr
-    done = run(login, {"SECRET": PASSWORD})
-    assert told(done)["events"] == 3
+    done = serving.command(login, {"SECRET": PASSWORD})
+    assert ended(done)["events"] == 3
     assert not any(p in text for p in (PASSWORD, WRONG_PASSWORD) for text in (refused.stderr, done.stderr, done.stdout))
     written = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert any(p.name == "metadata" for p in written)
