@@ -57,18 +57,17 @@ class Serving:
     file: Path
     topic: str
 
-    def written(self, options: dict[str, str]) -> dict[str, Any]:
-        """The settings with these options of the source, as a document that is also in the file."""
+    def document(self, options: dict[str, str]) -> dict[str, Any]:
+        """The settings with these options of the source."""
         document = self.settings.model_dump(mode="json")
         overlay = yaml.safe_load((CONF / "kafka.yaml").read_text(encoding="utf-8"))
         document["spark"] |= overlay["spark"]
         own = {"path": self.topic, "max_per_trigger": 30, "options": overlay["stream"]["options"] | options}
         document["stream"] |= {"format": overlay["stream"]["format"], **own}
-        self.file.write_text(yaml.safe_dump(document), encoding="utf-8")
         return document
 
     def command(self, options: dict[str, str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-        self.written(options)
+        self.file.write_text(yaml.safe_dump(self.document(options)), encoding="utf-8")
         nightstream = str(Path(sys.executable).with_name("nightstream"))
         return subprocess.run(
             [nightstream, "serve", "--until-idle", "--settings", str(self.file)],
@@ -80,7 +79,7 @@ class Serving:
 
     def here(self, options: dict[str, str]) -> dict[str, Any]:
         """The same in this process, which has a warm JVM."""
-        return run(self.storage.spark, validate(self.written(options)), until_idle=True)
+        return run(self.storage.spark, validate(self.document(options)), until_idle=True)
 
 
 @pytest.fixture
