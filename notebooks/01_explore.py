@@ -17,11 +17,13 @@ import numpy as np
 import plotly.express as px
 from pyspark.sql import functions as F
 
-from nightstream import ledger, registry, session
-from nightstream import settings as configuration
-from nightstream.freshness import freshness, summary
-from nightstream.storage import Storage
-from nightstream.tables import (
+from nightstream.ingest import ledger
+from nightstream.store import registry
+from nightstream.runtime import session
+from nightstream.runtime import settings as configuration
+from nightstream.monitoring.freshness import freshness, summary
+from nightstream.store.storage import Storage
+from nightstream.store.tables import (
     EVENTS,
     ITEM_EMBEDDINGS,
     ITEMS,

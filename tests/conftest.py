@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import world
-from nightstream import session
-from nightstream.settings import Settings, load, validate
+from nightstream.runtime import session
+from nightstream.runtime.settings import Settings, load, validate
 from nightstream.steps import nightly
-from nightstream.storage import Storage
+from nightstream.store.storage import Storage
 
 ROOT = Path(__file__).parent.parent
 

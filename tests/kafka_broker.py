@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 import pyspark
-from nightstream import session
+from nightstream.runtime import session
 
 VERSION = "4.1.1"
 PACKAGES = f"org.apache.kafka:kafka_2.13:{VERSION},org.apache.kafka:kafka-tools:{VERSION}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from nightstream.blocks import RANK, TRAIN, VALID, Catalogue, ItemFeatures, Sequences, UserFeatures, Windows
+from nightstream.models.arrays import RANK, TRAIN, VALID, Catalogue, ItemFeatures, Sequences, UserFeatures, Windows
 
 SECOND = 1_000_000
 

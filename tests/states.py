@@ -7,10 +7,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-from nightstream import catalogue, layers, registry
-from nightstream.settings import Settings
-from nightstream.storage import Storage
-from nightstream.tables import RECOMMENDATIONS, REFRESHES, USER_VECTORS
+from nightstream.runtime.settings import Settings
+from nightstream.serving import catalogue, speed_layer
+from nightstream.store import registry
+from nightstream.store.storage import Storage
+from nightstream.store.tables import RECOMMENDATIONS, REFRESHES, USER_VECTORS
 from pyspark.sql import functions as F
 
 NOW = datetime(2024, 6, 1, tzinfo=UTC)
@@ -74,5 +75,5 @@ def recomputed(storage: Storage, settings: Settings, folder: Path) -> tuple[dict
     shutil.copytree(settings.storage.root, folder / "tables")
     copy = Storage(storage.spark, settings.storage.model_copy(update={"root": str(folder / "tables")}))
     payload = catalogue.load_payload(copy, registry.published(copy).model_version)
-    layers.apply_all(copy, settings, payload, "recomputation", 0, NOW)
+    speed_layer.apply_all(copy, settings, payload, "recomputation", 0, NOW)
     return state_of(copy)

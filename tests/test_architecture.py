@@ -11,14 +11,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "lib" / "nightstream"
 
-# Modules that name nothing of Spark: numpy, torch and XGBoost only.
+# What names nothing of Spark: numpy, torch and XGBoost only. A folder stands for all that is in it.
 WITHOUT_SPARK = (
-    *("blocks", "similarity", "training", "training_data", "retrieval", "ranking", "recommending", "explain", "model"),
-    *("metrics", "losses", "learning", "learning_files", "sizing", "encoders"),
+    "models",
+    *(f"training/{name}" for name in ("trainer", "pipeline", "batching", "hyperparameters", "losses")),
 )
 # DataFrame -> DataFrame, with the values that they need as arguments.
-PURE_FRAMES = ("events", "window", "features", "splits", "refresh", "evaluation")
-GROUND = ("settings", "storage", "session")
+PURE_FRAMES = (
+    "ingest/parse", "serving/user_state", "serving/refresh", "models/features", "training/splits", "evaluation/offline",
+)  # fmt: skip
 CLOCKS = {
     ("functions", "current_timestamp"), ("F", "current_timestamp"), ("F", "now"), ("F", "current_date"),
     ("datetime", "now"), ("datetime", "utcnow"), ("datetime", "today"), ("date", "today"),
@@ -34,7 +35,7 @@ def module_files(name: str) -> list[Path]:
     """The file of a module of ours, or all files of a package."""
     file = LIBRARY / f"{name}.py"
     found = [file] if file.exists() else files_of("lib", "nightstream", name)
-    assert found, f"nightstream.{name} is named in this test and is not there"
+    assert found, f"{name} is named in this test and is not there"
     return found
 
 
@@ -56,8 +57,13 @@ def imports(path: Path) -> set[str]:
 
 
 def ours(path: Path) -> set[str]:
-    """The modules of nightstream that a file imports, by their first name: `from nightstream.a.b import c` is a."""
-    return {name.split(".")[1] for name in imports(path) if name.startswith("nightstream.")}
+    """The modules of nightstream that a file imports: `from nightstream.a.b import c` is a.b.c."""
+    return {name.removeprefix("nightstream.") for name in imports(path) if name.startswith("nightstream.")}
+
+
+def reached(path: Path, *modules: str) -> set[str]:
+    """What a file imports of these modules or packages."""
+    return {name for name in ours(path) for module in modules if name == module or name.startswith(f"{module}.")}
 
 
 def attributes(path: Path) -> set[tuple[str, str]]:
@@ -71,14 +77,15 @@ def attributes(path: Path) -> set[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["errors", "references"])
-def test_errors_and_references_stand_alone(name):
+@pytest.mark.parametrize("name", ["errors", "runtime/secrets"])
+def test_errors_and_secrets_stand_alone(name):
     assert ours(LIBRARY / f"{name}.py") == set()
 
 
-@pytest.mark.parametrize("name", ["settings", "tables"])
+@pytest.mark.parametrize("name", ["runtime/settings", "store/tables"])
 def test_settings_and_tables_know_little(name):
-    assert ours(LIBRARY / f"{name}.py") <= {"errors", "references"}
+    path = LIBRARY / f"{name}.py"
+    assert ours(path) == reached(path, "errors", "runtime.secrets")
 
 
 @pytest.mark.parametrize("name", WITHOUT_SPARK)
@@ -86,15 +93,18 @@ def test_learning_names_no_spark(name):
     for path in module_files(name):
         spark = {i for i in imports(path) if i.split(".")[0] in {"pyspark", "delta", "py4j"}}
         assert not spark, f"{path.name} imports {spark}"
-        reached = ours(path) & {*GROUND, "tables", "registry", "serving", "steps", "refresh"}
-        assert not reached, f"{path.name} imports {reached}"
+        found = reached(path, "runtime", "store", "serving", "steps")
+        assert not found, f"{path.name} imports {found}"
 
 
 @pytest.mark.parametrize("name", PURE_FRAMES)
 def test_pure_frames_take_no_session_no_storage(name):
     for path in module_files(name):
-        assert not ours(path) & {"storage", "session", "registry", "serving", "steps", "cli"}
-        whole = {i for i in imports(path) if i in {"nightstream.settings", "nightstream.settings.Settings"}}
+        stateful = ("store.storage", "store.registry", "runtime.session", "serving.commits", "steps", "cli")
+        assert not reached(path, *stateful)
+        whole = {i for i in ours(path) if i == "runtime.settings.Settings"} | reached(path, "runtime") & {
+            "runtime.settings"
+        }
         assert not whole, f"{path.name} takes the settings tree; give it the values that it needs"
 
 
@@ -119,7 +129,7 @@ def test_the_library_knows_no_job_and_no_test():
 @pytest.mark.parametrize("folder", ["lib", "jobs", "streaming", "notebooks"])
 def test_only_what_spark_connect_offers(folder):
     for path in files_of(folder):
-        if path == LIBRARY / "session.py":
+        if path == LIBRARY / "runtime" / "session.py":
             continue
         used = {a for _, a in attributes(path)} & {"rdd", "_jvm", "_jsc", "_jdf", "sparkContext", "_sc"}
         assert not used, f"{path.name} uses {used}, which Spark Connect has not"

@@ -54,7 +54,7 @@ def step(monkeypatch):
         module = types.SimpleNamespace(run=run)
         session = types.SimpleNamespace(build=lambda settings, app_name: seen.spark)
         monkeypatch.setitem(sys.modules, f"nightstream.steps.{name}", module)
-        monkeypatch.setitem(sys.modules, "nightstream.session", session)
+        monkeypatch.setitem(sys.modules, "nightstream.runtime.session", session)
         return seen
 
     return install

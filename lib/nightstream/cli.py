@@ -19,9 +19,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from nightstream import logs, settings
 from nightstream.errors import NightstreamError
-from nightstream.failures import sentence_for
+from nightstream.runtime import logs, settings
+from nightstream.runtime.spark_errors import sentence_for
 
 log = logging.getLogger(__name__)
 
@@ -265,7 +265,7 @@ def _run(
     """Load the settings, import the step, give it a session, print what it returns as JSON on stdout."""
     logs.configure(log_json)
     loaded = settings.load(files, overrides or ())
-    session = importlib.import_module("nightstream.session")
+    session = importlib.import_module("nightstream.runtime.session")
     run: Callable[..., dict[str, Any] | None] = importlib.import_module(f"nightstream.steps.{step}").run
     log.info("starting Spark", extra={"step": step})
     spark = session.build(loaded.spark, f"nightstream {step}")

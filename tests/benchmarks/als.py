@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from baselines import Histories, used_events
-from nightstream.blocks import Sequences
+from nightstream.models.arrays import Sequences
 from pyspark.ml.recommendation import ALS
 from pyspark.sql import SparkSession
 

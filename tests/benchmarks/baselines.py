@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from nightstream import metrics
-from nightstream.blocks import RANK, TRAIN, Sequences
-from nightstream.retrieval import strongest
-from nightstream.similarity import best_columns, exclude
+from nightstream.models import ranking_metrics
+from nightstream.models.arrays import RANK, TRAIN, Sequences
+from nightstream.models.ranking.candidate_sources import strongest
+from nightstream.models.ranking.topk import best_columns, exclude
 from scipy import sparse
 
 BLOCK = 256
@@ -142,7 +142,7 @@ def popular_rows(histories: Histories, fallback: np.ndarray, k: int) -> tuple[np
 def validated(model: Baseline, log: Sequences, targets: np.ndarray, fallback: np.ndarray) -> float:
     """NDCG@10 of validation events (positions in the log), each ranked for the history before it."""
     rows, _ = best_rows(model, histories_before(log, targets), fallback, CUTOFF)
-    return metrics.ndcg(metrics.target_ranks(rows, log.items[targets]), CUTOFF)
+    return ranking_metrics.ndcg(ranking_metrics.target_ranks(rows, log.items[targets]), CUTOFF)
 
 
 def tuned(

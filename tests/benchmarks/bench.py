@@ -14,12 +14,14 @@ import recbole_client
 from als import SparkALS
 from baselines import Baseline, Fusion, Histories, ItemKNN, Popular, best_rows, popularity, tuned
 from measuring import VALID_LIMIT, BaselineLister, Log, log_of, records
-from nightstream import evaluation, progress, training_data
-from nightstream.blocks import RANK, TRAIN, VALID
-from nightstream.model import Model
-from nightstream.payload import FEATURES_FILE
-from nightstream.settings import Settings
+from nightstream.evaluation import offline
+from nightstream.models.arrays import RANK, TRAIN, VALID
+from nightstream.models.bundle import FEATURES_FILE
+from nightstream.models.model import Model
+from nightstream.runtime import console
+from nightstream.runtime.settings import Settings
 from nightstream.steps import evaluate
+from nightstream.training import batching
 from pyspark.sql import DataFrame, SparkSession
 from sasrec import SASRec
 
@@ -81,7 +83,7 @@ class Bench:
         def best(user_ids: pa.Array, histories: Histories) -> tuple[np.ndarray, np.ndarray]:
             if name in recbole_client.MODELS:
                 return recbole_client.best_rows(str(self.recbole), name, seed, log, fallback, user_ids, histories)
-            return best_rows(self.fitted(name, seed), histories, fallback, evaluation.LIST_LENGTH)
+            return best_rows(self.fitted(name, seed), histories, fallback, offline.LIST_LENGTH)
 
         types = self.settings.events.window_types
         lister = BaselineLister(self.spark, best, log.item_ids, self.parts.users, types)
@@ -96,9 +98,9 @@ class Bench:
                 return Fusion(models, popularity(log.events, log.size, EVERYTHING))
             make = self._maker(name, seed)
             if name not in self._options:
-                targets = training_data.sampled_targets(log.events, VALID, VALID_LIMIT, seed)
-                self._options[name] = tuned(make, GRIDS[name], log.events, log.size, targets, progress.say)
-                progress.say(f"{name}: {self._options[name] or 'nothing to tune'}")
+                targets = batching.sampled_targets(log.events, VALID, VALID_LIMIT, seed)
+                self._options[name] = tuned(make, GRIDS[name], log.events, log.size, targets, console.say)
+                console.say(f"{name}: {self._options[name] or 'nothing to tune'}")
             model = make(**self._options[name])
             model.fit(log.events, log.size, EVERYTHING)
             self._fitted[name, seed] = model
@@ -122,11 +124,11 @@ class Bench:
         fitted = evaluate.fit(own, self.parts)
         files = fitted.files
         trained = time.monotonic()
-        progress.say(f"{name} trained in {trained - start:.0f} s: {told(fitted.metrics)}")
+        console.say(f"{name} trained in {trained - start:.0f} s: {told(fitted.metrics)}")
         self._judge(self._served(own, files), name, True, seed, start)
         model = Model.from_artifacts({n: data for n, data in files.items() if n != FEATURES_FILE})
         if model.ranker is None:
-            progress.say(f"{name}: the ranker was no better on validation, so the lists are the encoders' own")
+            console.say(f"{name}: the ranker was no better on validation, so the lists are the encoders' own")
         if name != "default":
             bare = model.only(name).to_artifacts() | {FEATURES_FILE: files[FEATURES_FILE]}
             # Both rows share one training, and the time of each counts it.
@@ -137,18 +139,18 @@ class Bench:
 
     def _judge(self, rows: DataFrame, name: str, ranker: bool, seed: int, start: float) -> None:
         rows = rows.persist()
-        found = evaluation.scores(rows, self.catalogue_size)
+        found = offline.scores(rows, self.catalogue_size)
         elapsed = time.monotonic() - start
         if self.predictions is not None:
             file = f"{name}{'-ranker' if ranker and name != 'default' else ''}-{seed}.parquet"
-            evaluate.write_predictions(evaluation.predictions(rows), str(self.predictions / file))
+            evaluate.write_predictions(offline.predictions(rows), str(self.predictions / file))
         rows.unpersist()
         self.results += records(found, self.data, self.protocol, name, ranker, seed, elapsed)
         self.by_users += [{**row, "model": name, "ranker": ranker, "seed": seed} for row in found]
         for row in (r for r in found if r["users"] == "all"):
             figures = f"HR@10 {row['hr@10']:.4f}, NDCG@10 {row['ndcg@10']:.4f}"
             label = f"{name}{' with ranker' if ranker else ''}, seed {seed}, {delay_text(row['delay_s'])}"
-            progress.say(f"{label}: {figures} ({elapsed:.0f} s)")
+            console.say(f"{label}: {figures} ({elapsed:.0f} s)")
 
 
 def delay_text(delay_s: float | None) -> str:

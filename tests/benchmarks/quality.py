@@ -21,12 +21,12 @@ from typing import Annotated, Any
 import recbole_client
 import typer
 from bench import NAMES, WITHOUT_SEED, Bench, delay_text
-from nightstream import logs, progress, session, settings
 from nightstream.cli import Protocol, seconds
 from nightstream.errors import NightstreamError
-from nightstream.failures import sentence_for
-from nightstream.learning_files import write_atomically
-from nightstream.settings import Settings
+from nightstream.files import write_atomically
+from nightstream.runtime import console, logs, session, settings
+from nightstream.runtime.settings import Settings
+from nightstream.runtime.spark_errors import sentence_for
 from rich.table import Table
 from typer.exceptions import TyperException
 
@@ -172,7 +172,7 @@ def measure(
                     bench.run(name, seed)
                     if json_out is not None:
                         write_atomically(json_out, json.dumps(bench.results, indent=2).encode())
-        progress.output.print(table_of(bench))
+        console.stdout.print(table_of(bench))
     finally:
         spark.stop()
 

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 from baselines import Histories, popular_rows
 from measuring import Log
-from nightstream import evaluation
 from nightstream.errors import NightstreamError
-from nightstream.payload import rows_of
+from nightstream.evaluation import offline
+from nightstream.models.arrow import rows_of
 
 MODELS = {"recbole-gru4rec": "GRU4Rec", "recbole-caser": "Caser", "recbole-sasrec": "SASRec"}
 SCRIPT = Path(__file__).with_name("recbole_lists.py")
@@ -28,7 +28,7 @@ def best_rows(
     user_ids: [B]; users of whom nothing is known get the fallback's list. Raises NightstreamError where the
     interpreter fails, with the last line that it printed.
     """
-    k = min(evaluation.LIST_LENGTH, log.size)
+    k = min(offline.LIST_LENGTH, log.size)
     rows, scores = popular_rows(histories, fallback, k)
     asked = np.flatnonzero(histories.sizes > 0)
     with tempfile.TemporaryDirectory() as made:

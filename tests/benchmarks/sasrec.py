@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from baselines import Histories, popularity, validated
-from nightstream import training_data
-from nightstream.blocks import Sequences
-from nightstream.losses import full_softmax
+from nightstream.models.arrays import Sequences
+from nightstream.training import batching
+from nightstream.training.losses import full_softmax
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -101,10 +101,10 @@ class SASRec:
     def _epoch(
         self, log: Sequences, is_target: np.ndarray, optimizer: torch.optim.Optimizer, rng: np.random.Generator
     ) -> None:
-        chunks = training_data.cut_chunks(log, np.arange(len(log)), WINDOW, is_target, rng)
+        chunks = batching.cut_chunks(log, np.arange(len(log)), WINDOW, is_target, rng)
         self.network.train()
-        for rows in training_data.batches(chunks, POSITIONS, rng):
-            index, mask = training_data.chunk_indices(chunks, rows)
+        for rows in batching.batches(chunks, POSITIONS, rng):
+            index, mask = batching.chunk_indices(chunks, rows)
             following = np.minimum(index + 1, len(log.items) - 1)
             wanted = mask & (index + 1 >= chunks.target_from[rows][:, None]) & is_target[following]
             items = torch.from_numpy(np.where(mask, log.items[index], 0).astype(np.int64))

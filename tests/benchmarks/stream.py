@@ -24,8 +24,8 @@ from typing import Annotated, Any
 import numpy as np
 import psutil
 import typer
-from nightstream import logs, progress, session, settings
-from nightstream.learning_files import write_atomically
+from nightstream.files import write_atomically
+from nightstream.runtime import console, logs, session, settings
 from pyspark.sql import SparkSession
 from rich.table import Table
 from stream_clock import Bare, Sample, Stream
@@ -50,13 +50,13 @@ def measured(stream: Stream, bare: Bare, events: int, users: int, batches: int, 
     for number in range(WARM + batches):
         sample = stream.sample(events, users, bare)
         place = f"{number + 1 - WARM}/{batches}" if number >= WARM else "(warming up)"
-        progress.say(
+        console.say(
             f"{label} {place}: visible {sample.visible:.2f} s (append {sample.append:.2f}), "
             f"merged {sample.merged:.2f} s (MERGEs {sample.merges:.2f})"
         )
         samples.append(sample)
     found = medians(samples[WARM:])
-    progress.say(f"{label}: " + ", ".join(f"{name} {value:.2f} s" for name, value in found.items()))
+    console.say(f"{label}: " + ", ".join(f"{name} {value:.2f} s" for name, value in found.items()))
     return found
 
 
@@ -66,7 +66,7 @@ def sustained(stream: Stream, seconds: float, first_rate: int) -> dict[str, floa
     rate = first_rate
     while True:
         found = at_rate(stream, rate, seconds)
-        progress.say(
+        console.say(
             f"{rate} events/s: p50 {found['p50']:.2f} s, p95 {found['p95']:.2f} s, p99 {found['p99']:.2f} s, "
             f"delay grows by {found['slope']:.3f} s/s"
         )
@@ -120,7 +120,7 @@ def lasting(stream: Stream, batches: int) -> list[dict[str, int]]:
             used.append(resident_mb())
         python, children = np.median(used, axis=0)
         tenths.append({"python": round(python), "jvm": round(children)})
-        progress.say(f"micro-batch {tenth[-1] + 1}/{batches}: Python {python:.0f} MB, JVM {children:.0f} MB")
+        console.say(f"micro-batch {tenth[-1] + 1}/{batches}: Python {python:.0f} MB, JVM {children:.0f} MB")
     return tenths
 
 
@@ -134,7 +134,7 @@ def run(
     spark: SparkSession, folder: Path, users: int, items: int, batches: int, seconds: float, grown: int, hour: int
 ) -> dict[str, Any]:
     """All measurements; `grown` times as many users in the second part, and events per micro-batch."""
-    progress.say(f"a model over {items:,} items; tables of {users:,} users")
+    console.say(f"a model over {items:,} items; tables of {users:,} users")
     origin = small(spark, folder / "small", items)
     own = enlarged(spark, origin, folder / "own", users)
     bare = Bare(spark, own, folder / "bare")
@@ -143,7 +143,7 @@ def run(
         more = measured(stream, bare, grown * EVENTS, grown * USERS_PER_BATCH, batches, f"{grown} x events")
         steady = sustained(stream, seconds, 50)
         memory = lasting(stream, hour)
-    progress.say(f"tables of {grown * users:,} users")
+    console.say(f"tables of {grown * users:,} users")
     large = enlarged(spark, origin, folder / "large", grown * users)
     large_bare = Bare(spark, large, folder / "large-bare")
     with Stream(spark, large, grown * users, items, 3).running() as stream:
@@ -212,14 +212,14 @@ def measure(
             found = run(spark, Path(folder), users, items, batches, seconds, grown, hour)
         if json_out is not None:
             write_atomically(json_out, json.dumps(found, indent=2).encode())
-        progress.output.print(table_of(found))
+        console.stdout.print(table_of(found))
         by_tenths = {kind: ", ".join(str(tenth[kind]) for tenth in found["memory_mb"]) for kind in ("python", "jvm")}
-        progress.output.print(f"MB over {hour} micro-batches, by tenths: {by_tenths['python']} (Python)")
-        progress.output.print(f"and {by_tenths['jvm']} (JVM)")
+        console.stdout.print(f"MB over {hour} micro-batches, by tenths: {by_tenths['python']} (Python)")
+        console.stdout.print(f"and {by_tenths['jvm']} (JVM)")
         verdict = "flat" if found["memory_growth"] <= FLAT else "NOT flat"
-        progress.output.print(f"Memory is {verdict}: {found['memory_growth']:+.0%} from the second tenth to the last")
+        console.stdout.print(f"Memory is {verdict}: {found['memory_growth']:+.0%} from the second tenth to the last")
         told = {k: v for k, v in found.items() if isinstance(v, float) or v is None}
-        progress.output.print(json.dumps({k: None if v is None else round(v, 2) for k, v in told.items()}, indent=2))
+        console.stdout.print(json.dumps({k: None if v is None else round(v, 2) for k, v in told.items()}, indent=2))
     finally:
         spark.stop()
 

@@ -14,14 +14,15 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from nightstream import following, progress, serving
-from nightstream.batch_report import BatchReport
-from nightstream.cutting import Cut
-from nightstream.known_users import KnownUsers
-from nightstream.settings import Settings
+from nightstream.monitoring.batch_report import BatchReport
+from nightstream.runtime import console
+from nightstream.runtime.settings import Settings
+from nightstream.serving import background_merge, commits
+from nightstream.serving.state_cache import KnownUsers
 from nightstream.steps import serve
-from nightstream.storage import Storage
-from nightstream.tables import RECOMMENDATIONS, REFRESHES, USER_VECTORS
+from nightstream.store.materialize import Cut
+from nightstream.store.storage import Storage
+from nightstream.store.tables import RECOMMENDATIONS, REFRESHES, USER_VECTORS
 from pyspark.sql import SparkSession
 from stream_world import LEARNT_FROM, START, events_of, write_lines
 
@@ -94,7 +95,7 @@ class Stream:
     def running(self) -> Iterator[Stream]:
         """The query runs inside; its commits and MERGEs are watched, not changed."""
         clock, started, stop = self.clock, threading.Event(), threading.Event()
-        commit, merge, fill = serving.commit, serving.merge, KnownUsers.start
+        commit, merge, fill = commits.commit, commits.merge, KnownUsers.start
 
         def watched_commit(*args: Any, **options: Any) -> Cut:
             clock.committed = commit(*args, **options)
@@ -127,8 +128,8 @@ class Stream:
                 started.set()
 
         with (
-            mock.patch.object(serving, "commit", watched_commit),
-            mock.patch.object(serving, "merge", watched_merge),
+            mock.patch.object(commits, "commit", watched_commit),
+            mock.patch.object(commits, "merge", watched_merge),
             mock.patch.object(KnownUsers, "start", watched_fill),
         ):
             thread = threading.Thread(target=work, name="stream")
@@ -139,7 +140,7 @@ class Stream:
             begun = time.monotonic()
             if clock.filled is not None:
                 clock.filled.result()
-            progress.say(f"waited {time.monotonic() - begun:.0f} s until all users were read ahead")
+            console.say(f"waited {time.monotonic() - begun:.0f} s until all users were read ahead")
             try:
                 yield self
             finally:
@@ -155,7 +156,7 @@ class Stream:
         clock.wait(lambda: len(clock.merges) > merges and sum(n for _, n in clock.commits[commits:]) >= events)
         visible, merged = clock.commits[-1][0] - begun, clock.merges[-1][0] - begun
         assert clock.committed is not None
-        rest = min(following.REST * clock.merges[-1][1], following.LONGEST_REST)
+        rest = min(background_merge.REST * clock.merges[-1][1], background_merge.LONGEST_REST)
         found = Sample(visible, merged, *bare.seconds(clock.committed))
         # What follows the commits rests after its MERGEs; the next sample must not wait for that.
         time.sleep(max(0.0, rest - sum((found.append, found.merges))) + 0.2)
@@ -169,12 +170,12 @@ class Bare:
         for spec in (USER_VECTORS, RECOMMENDATIONS, REFRESHES):
             shutil.copytree(Path(settings.storage.root) / spec.name, folder / "tables" / spec.name)
         self.storage = Storage(spark, settings.storage.model_copy(update={"root": str(folder / "tables")}))
-        self.layout = serving.Layout.of(self.storage, settings.serving.top_k)
+        self.layout = commits.Layout.of(self.storage, settings.serving.top_k)
 
     def seconds(self, rows: Cut) -> tuple[float, float]:
         """Of an append to `refreshes`, and of the two MERGEs side by side."""
         begun = time.monotonic()
         self.storage.append(REFRESHES, rows.rows)
         appended = time.monotonic()
-        serving.merge(self.storage, serving.newest_committed(self.storage, [rows]), self.layout, 1)
+        commits.merge(self.storage, commits.newest_committed(self.storage, [rows]), self.layout, 1)
         return appended - begun, time.monotonic() - appended

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nightstream import buckets, settings
-from nightstream.settings import Settings
+from nightstream.runtime import settings
+from nightstream.runtime.settings import Settings
 from nightstream.steps import apply, ingest, publish, train
-from nightstream.storage import Storage
-from nightstream.tables import EVENTS, RAW_EVENTS, RECOMMENDATIONS, REFRESHES, USER_VECTORS
+from nightstream.store import buckets
+from nightstream.store.storage import Storage
+from nightstream.store.tables import EVENTS, RAW_EVENTS, RECOMMENDATIONS, REFRESHES, USER_VECTORS
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 

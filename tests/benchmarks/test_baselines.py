@@ -22,7 +22,7 @@ from baselines import (
     validated,
 )
 from learning_data import no_users
-from nightstream.blocks import RANK, TRAIN, VALID, Sequences
+from nightstream.models.arrays import RANK, TRAIN, VALID, Sequences
 
 ITEMS = 12
 EVERYTHING = (TRAIN, RANK, VALID)

@@ -16,11 +16,12 @@ import recbole_client
 from baselines import Histories, Popular, best_rows, popularity
 from bench import NAMES
 from measuring import BaselineLister, entries, log_of, records
-from nightstream import evaluation, splits
-from nightstream.blocks import RANK, TRAIN, VALID
 from nightstream.errors import NightstreamError
+from nightstream.evaluation import offline
+from nightstream.models.arrays import RANK, TRAIN, VALID
 from nightstream.steps.evaluate import Split, judged
-from nightstream.tables import EVENTS
+from nightstream.store.tables import EVENTS
+from nightstream.training import splits
 
 EPOCH = datetime(2024, 1, 1, tzinfo=UTC)
 
@@ -43,7 +44,7 @@ def parts(spark) -> Split:
 def lister_of(spark, model, log, parts) -> BaselineLister:
     share = popularity(log.events, log.size, (TRAIN, RANK, VALID))
     return BaselineLister(
-        spark, lambda _, h: best_rows(model, h, share, evaluation.LIST_LENGTH), log.item_ids, parts.users, ["view"]
+        spark, lambda _, h: best_rows(model, h, share, offline.LIST_LENGTH), log.item_ids, parts.users, ["view"]
     )
 
 
@@ -64,11 +65,11 @@ def test_a_baseline_is_scored_like_what_serves(spark, parts):
     lists = {r.user_id: [e.item_id for e in r["items"]] for r in rows.collect()}
     # Events of the history: b 3, a 2, c 2, d 1.
     assert lists == {"u": ["d", "e"], "v": ["a", "e"], "w": ["c", "d", "e"], "x": list("bacde")}
-    (everyone,) = [s for s in evaluation.scores(rows, 5) if s["users"] == "all"]
+    (everyone,) = [s for s in offline.scores(rows, 5) if s["users"] == "all"]
     assert everyone["events"] == 4
     assert everyone["hr@10"] == pytest.approx(3 / 4)
     assert everyone["ndcg@10"] == pytest.approx((1 + 1 + 0 + 1 / math.log2(6)) / 4)
-    written = evaluation.predictions(rows)
+    written = offline.predictions(rows)
     assert [r["rank"] for r in written.where("user_id = 'w'").orderBy("rank").collect()] == [1, 2, 3]
 
 
@@ -85,7 +86,7 @@ def test_a_delay_hides_events_from_a_baseline_but_they_stay_seen(spark, parts):
 
     lister = lister_of(spark, Counting(), log, parts)
     cut = round(EPOCH.timestamp() * 1e6)
-    rows = evaluation.prequential(parts.events.where("user_id = 'u'"), cut, [0.0], lister).collect()
+    rows = offline.prequential(parts.events.where("user_id = 'u'"), cut, [0.0], lister).collect()
     lists = {(r.target_item_id, r.delay_s): "".join(e.item_id for e in r["items"]) for r in rows}
     assert lists == {
         ("b", 0.0): "dbce",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from baselines import Histories, best_rows, popularity
 from learning_data import ring_sequences
-from nightstream.blocks import RANK, TRAIN, VALID
+from nightstream.models.arrays import RANK, TRAIN, VALID
 from sasrec import WINDOW, Network, SASRec
 
 ITEMS = 30

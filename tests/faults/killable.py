@@ -18,8 +18,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from nightstream import cli, layers, ledger, serving
-from nightstream.storage import Storage
+from nightstream import cli
+from nightstream.ingest import ledger
+from nightstream.serving import commits, speed_layer
+from nightstream.store.storage import Storage
 
 VARIABLE = "NIGHTSTREAM_FAULT"
 # Written side by side: these wait for one another, so that the write before which the process dies is the last one,
@@ -92,13 +94,13 @@ class Fault:
 
 
 def install(fault: Fault) -> None:
-    named = [(serving, "_merge_states", "user_vectors"), (serving, "_merge_lists", "recommendations")]
+    named = [(commits, "_merge_states", "user_vectors"), (commits, "_merge_lists", "recommendations")]
     for owner, name, table in [*named, (ledger._Booking, "_merge", "events")]:
         around = fault.around("merge", lambda *_, table=table: table, getattr(owner, name))
         setattr(owner, name, around)
     Storage.append = fault.around("append", lambda self, spec, *_: spec.name, Storage.append)
-    whole = fault.around("batch", lambda *_: "stream", layers.SpeedLayer.__call__)
-    layers.SpeedLayer.__call__ = whole
+    whole = fault.around("batch", lambda *_: "stream", speed_layer.SpeedLayer.__call__)
+    speed_layer.SpeedLayer.__call__ = whole
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ import pytest
 import yaml
 from arrivals import Arrivals
 from killing import Victim, batches_done, files_taken, kill_at_random
-from nightstream import registry
-from nightstream.ledger import check
-from nightstream.settings import Settings, validate
+from nightstream.ingest.ledger import check
+from nightstream.runtime.settings import Settings, validate
 from nightstream.steps import serve
-from nightstream.storage import Storage
-from nightstream.tables import (
+from nightstream.store import registry
+from nightstream.store.storage import Storage
+from nightstream.store.tables import (
     DUPLICATES,
     EVENTS,
     ITEM_EMBEDDINGS,

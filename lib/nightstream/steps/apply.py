@@ -8,12 +8,14 @@ from typing import Any
 
 from pyspark.sql import SparkSession
 
-from nightstream import catalogue, layers, registry, serving, unfolded_events
 from nightstream.errors import WriterBusyError
-from nightstream.lease import Lease, this_process
-from nightstream.settings import Settings
-from nightstream.storage import Storage
-from nightstream.tables import ITEMS
+from nightstream.ingest import changes
+from nightstream.runtime.settings import Settings
+from nightstream.serving import catalogue, commits, speed_layer
+from nightstream.store import registry
+from nightstream.store.lease import Lease, this_process
+from nightstream.store.storage import Storage
+from nightstream.store.tables import ITEMS
 
 log = logging.getLogger(__name__)
 KIND = "nightly"
@@ -31,15 +33,15 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, A
     held = Lease(storage, this_process(), KIND, serving_settings.lease_seconds, attempts, wait=True)
     try:
         with held:
-            serving.merge_tail(storage, serving.Layout.of(storage, serving_settings.top_k), attempts)
+            commits.merge_tail(storage, commits.Layout.of(storage, serving_settings.top_k), attempts)
             version = registry.published(storage).model_version
             payload = catalogue.load_payload(storage, version)
             # A model that goes on serving, or serves again, has not met what is newer than it among the items.
             if catalogue.embed_changed(storage, storage.read_or_empty(ITEMS), payload, attempts):
                 payload = catalogue.load_payload(storage, version, payload.files)
             writer = f"nightly {as_of:%Y%m%dT%H%M%S} {version}"
-            users = layers.apply_all(storage, settings, payload, writer, 0, layers.utc_now())
-            unfolded_events.unmark(storage)
+            users = speed_layer.apply_all(storage, settings, payload, writer, 0, speed_layer.utc_now())
+            changes.unmark(storage)
     except WriterBusyError as busy:
         log.info("another process writes the serving tables and will apply the model", extra={"reason": str(busy)})
         return {"users": 0, "left_to": str(busy)}

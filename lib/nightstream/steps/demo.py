@@ -12,16 +12,20 @@ from typing import Any
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from nightstream import catalogue, evaluation, progress, registry, report
-from nightstream.demo_feed import Feed, LiveLine, cut_source
-from nightstream.evaluation import Served
-from nightstream.events import live
-from nightstream.learning_files import write_atomically
-from nightstream.metrics import percentile
-from nightstream.settings import Settings, validate
+from nightstream.evaluation import offline
+from nightstream.evaluation.offline import Served
+from nightstream.files import write_atomically
+from nightstream.ingest.parse import live
+from nightstream.models.ranking_metrics import percentile
+from nightstream.monitoring import report
+from nightstream.runtime import console
+from nightstream.runtime.settings import Settings, validate
+from nightstream.serving import catalogue
 from nightstream.steps import nightly, serve
-from nightstream.storage import Storage
-from nightstream.tables import EVENTS, ITEMS, RECOMMENDATIONS, USER_VECTORS, USERS
+from nightstream.steps.demo_feed import Feed, LiveLine, cut_source
+from nightstream.store import registry
+from nightstream.store.storage import Storage
+from nightstream.store.tables import EVENTS, ITEMS, RECOMMENDATIONS, USER_VECTORS, USERS
 
 EVENTS_PER_FILE = 10
 SHOWN = 10
@@ -38,9 +42,9 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime, replay_seconds
     home = Path(settings.storage.root).parent / "demo"
     shutil.rmtree(home, ignore_errors=True)
     local = _at(settings, home)
-    with progress.step("cutting MovieLens-100k at 90 % of its events by time"):
+    with console.step("cutting MovieLens-100k at 90 % of its events by time"):
         cut = cut_source(settings.sources.events, settings.evaluation.cut_fraction, Path(local.sources.events.path))
-    progress.say(f"{cut.before:,} events for the night, {len(cut.after):,} to replay live")
+    console.say(f"{cut.before:,} events for the night, {len(cut.after):,} to replay live")
     night = nightly.run(spark, local, as_of)
     storage = Storage(spark, local.storage)
     example = _example_user(storage, cut.after_users)
@@ -54,7 +58,7 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime, replay_seconds
             on_start=feed.begin,
             stop=lambda: feed.done and line.events >= len(cut.after),
         )
-    with progress.step("measuring what the lists would have been worth at other delays (prequential evaluation)"):
+    with console.step("measuring what the lists would have been worth at other delays (prequential evaluation)"):
         quality = _quality(storage, local, cut.cut_micros)
     example_page = {
         "user_id": example,
@@ -91,8 +95,8 @@ def _quality(storage: Storage, settings: Settings, cut_micros: int) -> list[dict
     payload = catalogue.load_payload(storage, version)
     events = live(storage.read(EVENTS), settings.events.retraction_type)
     served = Served(payload, storage.read(USERS), settings.window.length, settings.events.window_types)
-    rows = evaluation.prequential(events, cut_micros, settings.evaluation.delays_seconds, served)
-    return evaluation.scores(rows, len(payload.load().catalogue))
+    rows = offline.prequential(events, cut_micros, settings.evaluation.delays_seconds, served)
+    return offline.scores(rows, len(payload.load().catalogue))
 
 
 def _example_user(storage: Storage, replayed: dict[str, int]) -> str:
@@ -126,9 +130,9 @@ def _titled(storage: Storage, rows: DataFrame, key: str) -> DataFrame:
 def _print(
     storage: Storage, quality: list[dict[str, Any]], line: LiveLine, page: Path, summary: dict[str, Any]
 ) -> None:
-    out = progress.output
+    out = console.stdout
     title = "Prequential quality on the replayed events, by how late the state knows an event"
-    out.print(progress.quality_table(quality, title))
+    out.print(console.quality_table(quality, title))
     stream = summary["stream"]
     median, late = (percentile(line.delays, share) for share in (50, 95))
     out.print(

@@ -14,13 +14,17 @@ from typing import Any, Literal
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from nightstream import catalogue, evaluation, fitting, ledger, progress, sources, splits
 from nightstream.errors import SourceError
-from nightstream.evaluation import Lister, Served
-from nightstream.events import NEW, live, raw_rows, resolve
-from nightstream.learning_files import write_atomically
-from nightstream.settings import Settings
-from nightstream.tables import EVENTS
+from nightstream.evaluation import offline
+from nightstream.evaluation.offline import Lister, Served
+from nightstream.files import write_atomically
+from nightstream.ingest import ledger, sources
+from nightstream.ingest.parse import NEW, live, raw_rows, resolve
+from nightstream.runtime import console
+from nightstream.runtime.settings import Settings
+from nightstream.serving import catalogue
+from nightstream.store.tables import EVENTS
+from nightstream.training import spark_job, splits
 
 Protocol = Literal["leave-one-out", "prequential"]
 
@@ -59,10 +63,10 @@ def run(
     parts = split(spark, settings, protocol)
     fitted = fit(settings, parts)
     rows = judged(parts, served(settings, parts, fitted.files), delays or settings.evaluation.delays_seconds).persist()
-    found = evaluation.scores(rows, parts.items.count())
+    found = offline.scores(rows, parts.items.count())
     if predictions is not None:
-        write_predictions(evaluation.predictions(rows), predictions)
-    progress.console.print(progress.quality_table(found, f"{protocol} on {settings.sources.events.path}"))
+        write_predictions(offline.predictions(rows), predictions)
+    console.stderr.print(console.quality_table(found, f"{protocol} on {settings.sources.events.path}"))
     result = {"protocol": protocol, "scores": found, "metrics": fitted.metrics}
     if json_out is not None:
         write_atomically(json_out, json.dumps(result, indent=2).encode())
@@ -90,11 +94,11 @@ def split(spark: SparkSession, settings: Settings, protocol: Protocol) -> Split:
     return Split(events, history, known, sources.read_users(spark, settings), cut)
 
 
-def fit(settings: Settings, parts: Split) -> fitting.Fitted:
+def fit(settings: Settings, parts: Split) -> spark_job.Fitted:
     """The model that the nightly job would learn from the history."""
     # A name of its own for each run: two evaluations side by side must not share scratch files.
     name = f"evaluation-{uuid.uuid4().hex[:12]}"
-    return fitting.fit(settings, parts.history, parts.items, parts.users, name)
+    return spark_job.fit(settings, parts.history, parts.items, parts.users, name)
 
 
 def served(settings: Settings, parts: Split, files: dict[str, bytes]) -> Served:
@@ -110,8 +114,8 @@ def served(settings: Settings, parts: Split, files: dict[str, bytes]) -> Served:
 def judged(parts: Split, lister: Lister, delays_s: Sequence[float]) -> DataFrame:
     """One row per test event, and under prequential per delay (seconds), with its list; see evaluation."""
     if parts.cut_micros is None:
-        return evaluation.leave_one_out(parts.events, lister)
-    return evaluation.prequential(parts.events, parts.cut_micros, delays_s, lister)
+        return offline.leave_one_out(parts.events, lister)
+    return offline.prequential(parts.events, parts.cut_micros, delays_s, lister)
 
 
 def clean_events(spark: SparkSession, settings: Settings) -> DataFrame:

@@ -8,10 +8,11 @@ from typing import Any
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from nightstream import freshness, measurements, registry
 from nightstream.errors import NightstreamError
-from nightstream.settings import Settings
-from nightstream.storage import Storage
+from nightstream.monitoring import freshness, measurements
+from nightstream.runtime.settings import Settings
+from nightstream.store import registry
+from nightstream.store.storage import Storage
 
 MOST_SHOWN = 1000
 

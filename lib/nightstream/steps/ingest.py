@@ -7,12 +7,13 @@ from typing import Any
 
 from pyspark.sql import SparkSession
 
-from nightstream import attributes, descriptions, formats, layers, ledger, sources, unfolded_events
 from nightstream.errors import WriterBusyError
-from nightstream.lease import Lease, this_process
-from nightstream.settings import Settings
-from nightstream.storage import Storage
-from nightstream.tables import ITEMS, USERS
+from nightstream.ingest import changes, descriptions, dimensions, formats, ledger, sources
+from nightstream.runtime.settings import Settings
+from nightstream.serving import speed_layer
+from nightstream.store.lease import Lease, this_process
+from nightstream.store.storage import Storage
+from nightstream.store.tables import ITEMS, USERS
 
 log = logging.getLogger(__name__)
 KIND = "ingest"
@@ -35,9 +36,9 @@ def run(spark: SparkSession, settings: Settings, beside_stream: bool = False) ->
     arrived = ledger.parsed(sources.read_events(spark, settings.sources.events), settings)
     items = users = None
     if settings.sources.items is not None:
-        items = attributes.items(spark, settings.sources.items, rules.max_id_length)
+        items = dimensions.items(spark, settings.sources.items, rules.max_id_length)
     if settings.sources.users is not None:
-        users = attributes.users(spark, settings.sources.users, rules.max_id_length, settings.serving.default_user)
+        users = dimensions.users(spark, settings.sources.users, rules.max_id_length, settings.serving.default_user)
     for name, file in formats.recbole_siblings(settings.sources.events.path).items():
         if getattr(settings.sources, name) is None:
             log.warning("%s lies beside the events but is not used; add --set sources.%s.path=%s", file, name, file)
@@ -54,7 +55,7 @@ def run(spark: SparkSession, settings: Settings, beside_stream: bool = False) ->
     try:
         with Lease(storage, this_process(), KIND, seconds, attempts, wait=True):
             # First, so that a crash between the two loses nothing.
-            unfolded_events.mark(storage, settings.sources.events.path, layers.utc_now())
+            changes.mark(storage, settings.sources.events.path, speed_layer.utc_now())
             recorded = ledger.record(storage, arrived, settings)
             recorded.release()
             return {"events": ledger.check(storage), "added": recorded.added, **described}

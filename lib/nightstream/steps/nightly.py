@@ -8,9 +8,9 @@ from typing import Any
 from pyspark.sql import SparkSession
 
 from nightstream.errors import RejectedError
-from nightstream.settings import Settings
+from nightstream.runtime.settings import Settings
 from nightstream.steps import apply, freshness, ingest, publish, train
-from nightstream.storage import Storage
+from nightstream.store.storage import Storage
 
 
 def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, Any]:

@@ -8,10 +8,13 @@ from typing import Any
 
 from pyspark.sql import SparkSession
 
-from nightstream import catalogue, gate, measurements, registry
 from nightstream.errors import RejectedError, TableError
-from nightstream.settings import Settings
-from nightstream.storage import Storage
+from nightstream.evaluation import gate
+from nightstream.monitoring import measurements
+from nightstream.runtime.settings import Settings
+from nightstream.serving import catalogue
+from nightstream.store import registry
+from nightstream.store.storage import Storage
 
 log = logging.getLogger(__name__)
 

@@ -14,16 +14,16 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 from pyspark.sql.streaming.readwriter import DataStreamWriter
 
-from nightstream import sources
-from nightstream.batch_report import BatchReport
 from nightstream.errors import NightstreamError, TableError, WriterBusyError
-from nightstream.freshness import make_view
-from nightstream.layers import SpeedLayer, utc_now
-from nightstream.lease import Lease
-from nightstream.ledger import parsed
-from nightstream.monitoring import Monitor
-from nightstream.settings import Settings
-from nightstream.storage import Storage
+from nightstream.ingest import sources
+from nightstream.ingest.ledger import parsed
+from nightstream.monitoring.batch_report import BatchReport
+from nightstream.monitoring.freshness import make_view
+from nightstream.monitoring.monitor import Monitor
+from nightstream.runtime.settings import Settings
+from nightstream.serving.speed_layer import SpeedLayer, utc_now
+from nightstream.store.lease import Lease
+from nightstream.store.storage import Storage
 
 log = logging.getLogger(__name__)
 KIND = "stream"

@@ -8,13 +8,17 @@ from typing import Any
 
 from pyspark.sql import SparkSession
 
-from nightstream import catalogue, fitting, gate, measurements, registry, splits
 from nightstream.errors import TableError
-from nightstream.events import live
-from nightstream.payload import Payload
-from nightstream.settings import Settings
-from nightstream.storage import Storage
-from nightstream.tables import EVENTS, ITEM_EMBEDDINGS, ITEMS, MODELS, USERS
+from nightstream.evaluation import gate
+from nightstream.ingest.parse import live
+from nightstream.models.bundle import Payload
+from nightstream.monitoring import measurements
+from nightstream.runtime.settings import Settings
+from nightstream.serving import catalogue
+from nightstream.store import registry
+from nightstream.store.storage import Storage
+from nightstream.store.tables import EVENTS, ITEM_EMBEDDINGS, ITEMS, MODELS, USERS
+from nightstream.training import spark_job, splits
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +41,7 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, A
         raise TableError("the table events has no event that enters a window; ingest some or check events.window_types")
     roles = splits.by_time(consumed, settings.training.validation_fraction, settings.training.ranking_fraction)
     items = catalogue.known_items(storage.read_or_empty(ITEMS), events)
-    fitted = fitting.fit(settings, roles, items, storage.read_or_empty(USERS), "training")
+    fitted = spark_job.fit(settings, roles, items, storage.read_or_empty(USERS), "training")
     kept = gate.artifacts(fitted.before_refit, *splits.held_out_after(roles))
     registry.save_artifacts(storage, version, fitted.files | kept)
     payload = Payload(version, "", fitted.files, catalogue.NO_ITEMS)

@@ -1,6 +1,0 @@
-"""Item and sequence encoders: torch modules that know nothing of Spark, tables or settings."""
-
-from nightstream.encoders.base import Batch, EncoderSizes, SequenceEncoder, build_sequence_encoder
-from nightstream.encoders.item import ItemEncoder, ItemSizes
-
-__all__ = ["Batch", "EncoderSizes", "ItemEncoder", "ItemSizes", "SequenceEncoder", "build_sequence_encoder"]

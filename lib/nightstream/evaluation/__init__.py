@@ -1,0 +1,1 @@
+"""Protocols, offline scores, and the gate before publishing."""

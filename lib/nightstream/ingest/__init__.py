@@ -1,0 +1,1 @@
+"""Each payload that arrives ends in one table."""

@@ -1,0 +1,49 @@
+"""Events that a batch ingest has recorded and that no window has yet: whoever writes the serving tables next folds them
+in, the night by its apply, a stream when it starts."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from nightstream.store.storage import Storage
+from nightstream.store.tables import EVENTS, UNFOLDED
+
+# Delta keeps the files of older versions for a week, unless told otherwise.
+_OLDEST_MARK = timedelta(days=5)
+
+
+def mark(storage: Storage, source: str, now: datetime) -> None:
+    """Note, before they are recorded, that events of this source will be."""
+    storage.create(EVENTS)
+    row = (source, now, storage.version(EVENTS))
+    storage.append(UNFOLDED, storage.spark.createDataFrame([row], UNFOLDED.schema))
+
+
+def unmark(storage: Storage) -> None:
+    """All recorded events are in the windows."""
+    if is_marked(storage):
+        storage.overwrite(UNFOLDED, storage.read(UNFOLDED).limit(0))
+
+
+def is_marked(storage: Storage) -> bool:
+    return not storage.read_or_empty(UNFOLDED).isEmpty()
+
+
+def touched_users(storage: Storage, retraction_type: str, now: datetime) -> DataFrame | None:
+    """user_id, distinct, of those whose history has changed since the first mark: they have a new event, one that
+    superseded another or was superseded, or one that was taken back or no longer is. None stands for everyone: the
+    table as it was then may be gone.
+    """
+    at, version = F.unix_seconds(F.min("at")).alias("at"), F.min("events_version").alias("version")
+    first = storage.read(UNFOLDED).agg(at, version).first()
+    if first is None or first.at < (now - _OLDEST_MARK).timestamp():
+        return None
+    events, before = storage.read(EVENTS), storage.read(EVENTS, first.version)
+    # A row is what one raw payload said; another payload under the same event_id is another row.
+    touched = events.join(before, "raw_id", "left_anti").unionByName(before.join(events, "raw_id", "left_anti"))
+    targets = touched.where(F.col("event_type") == retraction_type).select(F.col("retracts").alias("event_id"))
+    owners = events.join(targets, "event_id", "left_semi")
+    return touched.select("user_id").unionByName(owners.select("user_id")).distinct()

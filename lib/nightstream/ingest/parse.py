@@ -1,0 +1,344 @@
+"""From payload to event: validation, identity, duplicates, retractions; pure, the same in batch and stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+from nightstream.runtime.settings import EventSettings
+from nightstream.store.tables import EVENTS, RAW_EVENTS
+
+NOT_UTF8, NOT_JSON, REPEATED_KEY = "not_utf8", "not_json", "repeated_key"
+MISSING, TOO_LONG, UNREADABLE = "missing", "too_long", "unreadable"
+RESERVED, IN_FUTURE, OUT_OF_RANGE, UNKNOWN = "reserved", "in_future", "out_of_range", "unknown"
+REASONS = (
+    *(NOT_UTF8, NOT_JSON, REPEATED_KEY, MISSING, TOO_LONG),
+    *(UNREADABLE, RESERVED, IN_FUTURE, OUT_OF_RANGE, UNKNOWN),
+)
+
+# What `resolve` makes of a valid row.
+NEW, SUPERSEDING, STORED, DUPLICATE = "new", "superseding", "stored", "duplicate"
+
+BLANK = " \t\r\n\u00a0\u3000\ufeff"
+NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?$"
+_NOT_FINITE = r"(?i)^[+-]?(nan|inf|infinity)$"
+_ISO = r"^\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2}(\.\d{1,9})?)?)?"
+_ZONE = r"(Z|[+-]\d{2}(:?\d{2})?)$"
+BAD_ID = r"[\x00-\x1f\x7f\ufffd]"
+_LONE_SURROGATE = r"(?i)\\ud[89ab][0-9a-f]{2}(?!\\ud[c-f][0-9a-f]{2})|(?<!\\ud[89ab][0-9a-f]{2})\\ud[c-f][0-9a-f]{2}"
+_SEPARATOR = "\u0001"
+_MICROS = {"seconds": 1_000_000, "milliseconds": 1_000, "microseconds": 1}
+_LAST_MICROSECOND = 253_402_300_799_999_999  # the end of the year 9999
+
+
+def raw_rows(payloads: DataFrame) -> DataFrame:
+    """The payload rows (payload, source, position, arrival_time, and any other columns) with their raw_id.
+
+    Identical payloads at one position are numbered, so that position, and with it raw_id (32 hex digits of
+    sha256 over source and position), is unique and the same whenever the position is read again.
+    """
+    content = F.col("payload").cast("binary")
+    if "payload_bytes" in payloads.columns:
+        content = F.coalesce("payload_bytes", content)
+    digest = F.substring(F.sha2(content, 256), 1, 16)
+    same = Window.partitionBy("source", "position", "_digest").orderBy("arrival_time")
+    rows = payloads.withColumn("_digest", digest).withColumn("_ordinal", F.row_number().over(same))
+    rows = rows.withColumn("position", F.concat("position", F.lit("#"), "_digest", F.lit("-"), "_ordinal"))
+    raw_id = F.substring(F.sha2(F.concat_ws(_SEPARATOR, "source", "position"), 256), 1, 32)
+    return rows.select(raw_id.alias("raw_id"), *payloads.columns)
+
+
+def parse(
+    payloads: DataFrame, columns: Mapping[str, str], time_unit: str, rules: EventSettings, reserved_user: str
+) -> DataFrame:
+    """One row per payload row (payload, arrival_time, and any other columns, which stay): the columns of RAW_EVENTS
+    that a source may leave out (null then), those of EVENTS that the payload tells, and reason and field, both null for
+    a valid event.
+
+    Row by row, so that a streaming query does it before its micro-batches are cut. In a payload that is not UTF-8 the
+    broken bytes become U+FFFD, because readers of the tables would fail on them; payload_bytes keeps it as it came.
+    columns: our column → key of the payload's JSON object (top level). time_unit: auto, seconds, milliseconds,
+    microseconds or iso. A retraction may leave out item_id. A key given twice at the top level is refused: readers of
+    JSON do not agree on which value counts.
+    A derived event_id leads with crc32("user_id/item_id"), so that order by (event_time, event_id) breaks ties by it.
+    Never fails on a payload: whatever cannot be read gets a reason.
+    """
+    payloads = _readable(payloads)
+    text, is_event = _texts(payloads, columns)
+    told = [n for n in EVENTS.schema.names if n not in RAW_EVENTS.schema.names]
+    return _checked(text, is_event, columns, time_unit, rules, reserved_user).select(
+        *payloads.columns, *told, "reason", "field"
+    )
+
+
+def _readable(payloads: DataFrame) -> DataFrame:
+    """The payload rows with payload as valid text, and payload_bytes and headers where they were missing."""
+    broken = F.when(~F.is_valid_utf8("payload"), F.col("payload").cast("binary"))
+    if "payload_bytes" in payloads.columns:
+        # Rows of raw_events, read again.
+        broken = F.coalesce("payload_bytes", broken)
+    columns = {"payload_bytes": broken, "payload": F.coalesce(F.make_valid_utf8("payload"), F.lit(""))}
+    if "headers" not in payloads.columns:
+        columns["headers"] = F.lit(None).cast(RAW_EVENTS.schema["headers"].dataType)
+    return payloads.withColumns(columns)
+
+
+def json_objects(name: str, keys: Sequence[str]) -> Column:
+    """The text column as struct of strings with these keys; null unless the text is exactly one JSON object.
+
+    Nested values are their JSON text. Of a key given twice the last value counts.
+    """
+    schema = T.ArrayType(T.StructType([T.StructField(k, T.StringType()) for k in keys]))
+    # In brackets the parser must reach the end: alone it would accept `{…} garbage` and `{…}{…}` and drop the rest.
+    bracketed = F.concat(F.lit("["), _without_mark(name), F.lit("]"))
+    parsed = F.from_json(bracketed, schema, {"allowSingleQuotes": "false", "mode": "PERMISSIVE"})
+    return F.when(F.size(parsed) == 1, F.get(parsed, F.lit(0)))
+
+
+def _without_mark(name: str) -> Column:
+    return F.ltrim(F.regexp_replace(name, "^\ufeff", ""))
+
+
+def _texts(raw: DataFrame, columns: Mapping[str, str]) -> tuple[DataFrame, Column]:
+    """The payload's values as trimmed text columns _event_id, …, null where absent or blank, and «is a JSON object»."""
+    rows = raw.withColumn("_object", json_objects("payload", sorted(set(columns.values()))))
+    values = {}
+    for name in ("event_id", "user_id", "item_id", "event_type", "event_time", "value", "retracts"):
+        if name in columns:
+            trimmed = F.btrim(F.col("_object").getField(columns[name]), F.lit(BLANK))
+            values[f"_{name}"] = F.when(trimmed != "", trimmed)
+        else:
+            values[f"_{name}"] = F.lit(None).cast("string")
+    return rows.withColumns(values), F.col("_object").isNotNull()
+
+
+def _checked(
+    rows: DataFrame,
+    is_event: Column,
+    columns: Mapping[str, str],
+    time_unit: str,
+    rules: EventSettings,
+    reserved_user: str,
+) -> DataFrame:
+    micros = _microseconds(F.col("_event_time"), time_unit)
+    number = F.regexp_replace("_value", '"', "")
+    rows = rows.withColumns(
+        {
+            "event_type": F.coalesce(F.col("_event_type"), F.lit(rules.default_type)),
+            "_micros": micros,
+            "value": F.when(number.rlike(NUMBER), number.try_cast("double") + F.lit(0.0)),
+            "_infinite": number.rlike(_NOT_FINITE),
+        }
+    )
+    retraction = F.col("event_type") == rules.retraction_type
+    latest = F.unix_micros("arrival_time") + rules.max_future_seconds * 1_000_000
+    value, time = F.col("value"), F.col("_micros")
+    keys = F.json_object_keys(_without_mark("payload"))
+    problems: list[tuple[Column, str, str]] = [
+        (F.col("payload_bytes").isNotNull(), NOT_UTF8, "payload"),
+        (~is_event, NOT_JSON, "payload"),
+        (F.size(keys) > F.size(F.array_distinct(keys)), REPEATED_KEY, "payload"),
+        *_id_problems("user_id", columns, rules.max_id_length, F.lit(True)),
+        (F.col("_user_id") == reserved_user, RESERVED, "user_id"),
+        (~F.col("event_type").isin(*rules.types, rules.retraction_type), UNKNOWN, "event_type"),
+        *_id_problems("item_id", columns, rules.max_id_length, ~retraction),
+        *_id_problems("event_id", columns, rules.max_id_length, F.lit(False)),
+        *_id_problems("retracts", columns, rules.max_id_length, retraction),
+        (F.col("_event_time").isNull(), MISSING, "event_time"),
+        (time.isNull(), UNREADABLE, "event_time"),
+        ((time < 0) | (time > _LAST_MICROSECOND), OUT_OF_RANGE, "event_time"),
+        (time > latest, IN_FUTURE, "event_time"),
+        (F.col("_infinite") | ~value.between(rules.min_value, rules.max_value) | F.isnan(value), OUT_OF_RANGE, "value"),
+        (F.col("_value").isNotNull() & value.isNull(), UNREADABLE, "value"),
+    ]
+    verdict = F.coalesce(
+        *(F.when(p, F.struct(F.lit(r).alias("reason"), F.lit(f).alias("field"))) for p, r, f in problems)
+    )
+    rows = rows.withColumn("_verdict", verdict)
+    valid = F.col("_verdict").isNull()
+    kept = {n: F.when(valid, F.col(f"_{n}")) for n in ("user_id", "item_id")}
+    kept |= {
+        "reason": F.col("_verdict.reason"),
+        "field": F.col("_verdict.field"),
+        "event_type": F.when(valid, F.col("event_type")),
+        "event_time": F.when(valid, F.timestamp_micros("_micros")),
+        "value": F.when(valid, value),
+        "retracts": F.when(valid & retraction, F.col("_retracts")),
+    }
+    rows = rows.withColumns(kept)
+    rows = rows.withColumn("content_hash", F.when(valid, content_hash()))
+    pair = F.concat("user_id", F.lit("/"), F.coalesce("item_id", F.lit("")))
+    derived = F.concat(F.lpad(F.crc32(pair).cast("string"), 10, "0"), F.lit("-"), "content_hash")
+    return rows.withColumn("event_id", F.when(valid, F.coalesce(F.col("_event_id"), derived)))
+
+
+def content_hash() -> Column:
+    """16 hex digits of sha256 over (user_id, item_id, event_type, event_time, value, retracts) of an event row."""
+    # The text of a double differs between Java versions, its hash does not.
+    value = F.when(F.col("value").isNotNull(), F.xxhash64("value").cast("string"))
+    parts: list[Column | str] = [
+        "user_id",
+        "item_id",
+        "event_type",
+        F.unix_micros("event_time").cast("string"),
+        value,
+        "retracts",
+    ]
+    joined = F.concat_ws(_SEPARATOR, *(F.coalesce(p, F.lit("")) for p in parts))
+    return F.substring(F.sha2(joined, 256), 1, 16)
+
+
+def _id_problems(
+    name: str, columns: Mapping[str, str], max_length: int, required: Column
+) -> list[tuple[Column, str, str]]:
+    text = F.col(f"_{name}")
+    problems = [(text.isNull() & required, MISSING, name)]
+    if name in columns:
+        key = _regex_literal(columns[name])
+        # The parser gives nested values as their JSON text: only the payload tells `[1]` from `"[1]"`.
+        nested = text.rlike(r"^[\[{]") & F.col("payload").rlike(rf'"{key}"\s*:\s*[\[{{]')
+        # A lone surrogate has become a question mark, on which different ids would meet.
+        lone = text.contains("?") & F.col("payload").rlike(_LONE_SURROGATE)
+        # Numbers that no double holds come as quoted words.
+        number = text.isin('"NaN"', '"Infinity"', '"-Infinity"')
+        problems.append((text.rlike(BAD_ID) | nested | lone | number, UNREADABLE, name))
+        problems.append((F.length(text) > max_length, TOO_LONG, name))
+    return problems
+
+
+def _regex_literal(text: str) -> str:
+    return "".join(c if c.isalnum() or c == "_" else f"\\x{{{ord(c):x}}}" for c in text)
+
+
+def _microseconds(text: Column, unit: str) -> Column:
+    """Microseconds since the epoch from ISO 8601 text (UTC where it names no zone) or an epoch number, else null."""
+    plain = F.regexp_replace(text, '"', "")
+    # 19 digits before the point: more cannot be a time, and the products below stay within decimal(38).
+    number = F.when(plain.rlike(NUMBER), plain.try_cast("decimal(28,9)"))
+    size = F.abs(number)
+    if unit == "auto":
+        factor = F.when(size > 10**14, 1).when(size > 10**11, 1_000).otherwise(1_000_000)
+        scaled = number * factor.cast("decimal(7,0)")
+    elif unit == "iso":
+        scaled = F.lit(None).cast("decimal(36,9)")
+    else:
+        scaled = number * F.lit(_MICROS[unit]).cast("decimal(7,0)")
+    from_number = F.floor(scaled).try_cast("bigint")
+    if unit not in ("auto", "iso"):
+        return from_number
+    upper = F.upper(plain)
+    iso = F.regexp_replace(F.regexp_replace(upper, r"^(\S{10})T", "$1 "), r"\s*(UTC|GMT)$", "Z")
+    iso = F.regexp_replace(iso, r"^(\S{10} \d{2}:\d{2})(?!:)", "$1:00")
+    zoned = F.when(iso.rlike(_ZONE) & iso.contains(":"), iso).otherwise(F.concat(iso, F.lit("Z")))
+    day = iso.rlike(r"^\d{4}-\d{2}-\d{2}$")
+    # Without this shape Spark's cast would read "10:00" as ten o'clock today.
+    shaped = upper.rlike(_ISO + r"(\s*(UTC|GMT|Z|[+-]\d{2}(:?\d{2})?))?$")
+    stamp = F.when(day, F.concat(iso, F.lit(" 00:00:00Z"))).otherwise(zoned)
+    return F.coalesce(from_number, F.when(shaped, F.unix_micros(stamp.try_cast("timestamp"))))
+
+
+def mentions(events: DataFrame, ids: DataFrame, retraction_type: str) -> DataFrame:
+    """The rows of `events` that are, or retract, one of the event ids, with that id in the column mentioned.
+
+    ids: one column event_id, repetitions do no harm. A row that does both stands there twice.
+    """
+    retraction = (F.col("event_type") == retraction_type) & F.col("retracts").isNotNull()
+    # One pass over the table for both questions: it is the largest there is.
+    both = F.when(retraction, F.array("event_id", "retracts")).otherwise(F.array("event_id"))
+    wanted = ids.select(F.col("event_id").alias("mentioned"))
+    return events.withColumn("mentioned", F.explode(both)).join(wanted, "mentioned", "left_semi")
+
+
+def known(events: DataFrame, ids: DataFrame, retraction_type: str) -> DataFrame:
+    """What `events` knows of the event ids: one row per id found there as an event or as the target of a retraction.
+
+    ids: as in `mentions`. Columns: event_id, old (struct of the EVENTS columns, null where only a retraction names the
+    id), copies (rows of `events` with this id: more than 1 is damage), retracted.
+    """
+    rows = mentions(events, ids, retraction_type)
+    own = F.col("mentioned") == F.col("event_id")
+    retraction = F.col("event_type") == retraction_type
+    return rows.groupBy(F.col("mentioned").alias("event_id")).agg(
+        F.max(F.when(own, F.struct(*EVENTS.schema.names))).alias("old"),
+        F.count_if(own).alias("copies"),
+        F.bool_or(retraction & (F.col("mentioned") == F.col("retracts"))).alias("retracted"),
+    )
+
+
+def all_new(valid: DataFrame) -> DataFrame:
+    """What `settle` gives where no event_id occurs twice, in `valid` or in `events`, and no retraction names one."""
+    return valid.withColumns(
+        {
+            "old": F.lit(None).cast(EVENTS.schema),
+            "copies": F.lit(None).cast("long"),
+            "kept_raw_id": F.col("raw_id"),
+            "outcome": F.lit(NEW),
+            "dead": F.lit(False),
+        }
+    )
+
+
+def resolve(valid: DataFrame, existing: DataFrame) -> DataFrame:
+    """`settle` against EVENTS rows (any; those with other ids do no harm), without `dead`."""
+    return settle(valid, known(existing, valid.select("event_id"), "")).drop("dead")
+
+
+def settle(valid: DataFrame, known_ids: DataFrame, tombstones: DataFrame | None = None) -> DataFrame:
+    """The valid rows with what becomes of each: outcome, kept_raw_id, the stored event `old`, copies, and dead.
+
+    valid: rows of `parse` without a reason. known_ids: `known` for their event ids. tombstones: `tombstones(valid)`, or
+    None where valid has no retraction. Of several rows with one event_id
+    the greater (event_time, content_hash) wins, and what is equal in both stays as it was stored; among equal new rows
+    the greater raw_id wins.
+    outcome: NEW (append it), SUPERSEDING (takes the place of the event `old`), STORED (is in `events` under its own
+    raw_id), DUPLICATE (repeats, or was overtaken by, the row kept_raw_id). dead: a retraction names the event_id.
+    """
+    rows = valid.join(known_ids, "event_id", "left")
+    stored = F.coalesce(F.col("raw_id") == F.col("old.raw_id"), F.lit(False))
+    rank = F.struct("event_time", "content_hash", "raw_id")
+    best = F.max(F.when(~stored, rank)).over(Window.partitionBy("event_id"))
+    rows = rows.withColumn("_stored", stored).withColumn("_best", best)
+    wins = F.struct("_best.event_time", "_best.content_hash") > F.struct("old.event_time", "old.content_hash")
+    wins = F.col("_best").isNotNull() & (F.col("old").isNull() | wins)
+    rows = rows.withColumn("kept_raw_id", F.when(wins, F.col("_best.raw_id")).otherwise(F.col("old.raw_id")))
+    winner = F.col("raw_id") == F.col("kept_raw_id")
+    outcome = (
+        F.when(F.col("_stored"), STORED)
+        .when(winner & F.col("old").isNull(), NEW)
+        .when(winner, SUPERSEDING)
+        .otherwise(DUPLICATE)
+    )
+    rows = rows.withColumn("outcome", outcome).withColumn("dead", F.coalesce("retracted", F.lit(False)))
+    if tombstones is not None:
+        rows = rows.join(tombstones.withColumn("_here", F.lit(True)), "event_id", "left")
+        rows = rows.withColumn("dead", F.col("dead") | F.col("_here").isNotNull()).drop("_here")
+    return rows.drop("_stored", "_best", "retracted")
+
+
+def tombstones(events: DataFrame, retraction_type: str) -> DataFrame:
+    """The event ids (column event_id, distinct) that the retractions among the events name."""
+    retraction = F.col("event_type") == retraction_type
+    return events.where(retraction).select(F.col("retracts").alias("event_id")).distinct()
+
+
+def foldable(events: DataFrame, retraction_type: str) -> DataFrame:
+    """What a fold takes: events without retractions; those that were taken back get another type (see taken_back)."""
+    dead = tombstones(events, retraction_type).withColumn("_dead", F.lit(True))
+    kept = events.where(F.col("event_type") != retraction_type).join(dead, "event_id", "left")
+    marked = kept.withColumn("event_type", taken_back(F.col("_dead").isNotNull(), retraction_type))
+    return marked.select(*events.columns)
+
+
+def taken_back(dead: Column, retraction_type: str) -> Column:
+    """The event_type for a fold. An event that was taken back still makes its user known, as it has done where it was
+    folded before its retraction came; a type that enters no window does just that."""
+    return F.when(dead, F.lit(retraction_type)).otherwise(F.col("event_type"))
+
+
+def live(events: DataFrame, retraction_type: str) -> DataFrame:
+    """The events that count: no retractions, and none that a retraction names, whichever of the two came first."""
+    kept = events.where(F.col("event_type") != retraction_type)
+    return kept.join(tombstones(events, retraction_type), "event_id", "left_anti")

@@ -1,0 +1,1 @@
+"""No Spark here: arrays in, vectors and lists out."""

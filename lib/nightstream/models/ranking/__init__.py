@@ -1,0 +1,1 @@
+"""From vectors to a ranked, explained list."""

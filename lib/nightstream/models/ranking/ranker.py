@@ -1,0 +1,181 @@
+"""The ranker: what every source says about a candidate, weighed by a linear model, and corrected by boosted trees.
+
+The trees are LambdaMART (Burges, 2010). They start from the linear scores, because a thousand label groups settle a
+dozen weights well and a forest badly: with few labels the trees stop early and the linear part remains.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import xgboost as xgb
+
+from nightstream.errors import ArtifactError
+from nightstream.models.ranking.linear_ranker import Linear, fit_linear
+from nightstream.models.ranking.strategies import STRATEGIES
+
+COMMON_FEATURES = (
+    ("ensemble_cosine", "sequence"),
+    ("ensemble_gap", "sequence"),
+    ("ensemble_place", "sequence"),
+    ("last_cosine", "sequence"),
+    ("recent_cosine", "sequence"),
+    ("covisitation", "covisitation"),
+    ("covisitation_share", "covisitation"),
+    ("covisitation_place", "covisitation"),
+    ("knn", "covisitation"),
+    ("knn_share", "covisitation"),
+    ("knn_place", "covisitation"),
+    ("log_popularity", "popular"),
+    ("log_trend", "trending"),
+    ("segment_lift", "segment_popular"),
+    ("window_events", ""),
+)
+MEMBER_FEATURES = (("cosine", "sequence"), ("gap", "sequence"), ("place", "sequence"))
+
+
+LINEAR_TERMS = (
+    ("covisitation_share", False),
+    ("covisitation_share", True),
+    ("knn_share", False),
+    ("knn_share", True),
+    ("log_popularity", False),
+    ("log_trend", False),
+    ("segment_lift", False),
+    ("last_cosine", False),
+    ("recent_cosine", False),
+)
+
+
+def feature_names(members: tuple[str, ...]) -> list[str]:
+    """Names of the ranker's columns, in order, for an ensemble of these members."""
+    return [n for n, _ in COMMON_FEATURES] + [f"{m}_{n}" for m in members for n, _ in MEMBER_FEATURES]
+
+
+def feature_groups(members: tuple[str, ...]) -> np.ndarray:
+    """int64 [F]: index into STRATEGIES of each column, −1 where a column is nobody's reason."""
+    names = [g for _, g in COMMON_FEATURES] + [g for _ in members for _, g in MEMBER_FEATURES]
+    return np.asarray([STRATEGIES.index(g) if g else -1 for g in names])
+
+
+def linear_terms(members: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Columns int64 [T] and whether their logarithm is meant, bool [T], of the linear part."""
+    terms = [(f"{m}_cosine", False) for m in members] + list(LINEAR_TERMS)
+    names = feature_names(members)
+    return np.asarray([names.index(n) for n, _ in terms]), np.asarray([log for _, log in terms])
+
+
+@dataclass(frozen=True)
+class RankerSizes:
+    """depth, learning_rate, trees (at most), min_child_weight, column_share, row_share, l2: of XGBoost.
+    patience: trees without a better NDCG@10 before stopping. label_limit: label groups, sampled by seed."""
+
+    depth: int = 3
+    learning_rate: float = 0.05
+    trees: int = 200
+    min_child_weight: float = 5.0
+    column_share: float = 0.5
+    row_share: float = 0.8
+    l2: float = 20.0
+    patience: int = 30
+    label_limit: int = 10_000
+    threads: int = 2
+
+
+@dataclass(frozen=True)
+class LabelledGroups:
+    """G groups of N candidates in all. features: float32 [N, F]; labels: float32 [N], 1 = target; sizes: int [G]."""
+
+    features: np.ndarray
+    labels: np.ndarray
+    sizes: np.ndarray
+
+    def with_target(self) -> LabelledGroups:
+        """The groups that hold their target: the others teach nothing."""
+        owner = np.repeat(np.arange(len(self.sizes)), self.sizes)
+        found = np.bincount(owner, self.labels, minlength=len(self.sizes)) > 0
+        kept = found[owner]
+        return LabelledGroups(self.features[kept], self.labels[kept], self.sizes[found])
+
+
+class Ranker:
+    """A linear part and a booster; both look at each row alone, so the split into batches does not matter."""
+
+    def __init__(self, booster: xgb.Booster, linear: Linear, members: tuple[str, ...]) -> None:
+        self.booster = booster
+        self.linear = linear
+        self.members = members
+        self.booster.set_param({"nthread": 1})
+
+    def score(self, features: np.ndarray) -> np.ndarray:
+        """float32 [N] from features [N, F]; higher is better."""
+        if not len(features):
+            return np.zeros(0, np.float32)
+        return np.asarray(self.booster.inplace_predict(features), np.float32) + self.linear.score(features)
+
+    def contributions(self, features: np.ndarray) -> np.ndarray:
+        """float32 [N, F]: what each feature added to the score, against an average candidate and on its way down the
+        trees (Saabas, 2014)."""
+        if not len(features):
+            return np.zeros((0, features.shape[1]), np.float32)
+        matrix = xgb.DMatrix(features, nthread=1)
+        out = self.booster.predict(matrix, pred_contribs=True, approx_contribs=True)
+        return np.asarray(out[:, :-1], np.float32) + self.linear.contributions(features)
+
+    def to_bytes(self) -> bytes:
+        """UBJ; the linear part is an attribute of the booster."""
+        self.booster.set_attr(linear=self.linear.to_json())
+        return bytes(self.booster.save_raw("ubj"))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, members: tuple[str, ...]) -> Ranker:
+        """ArtifactError for anything but a booster of these members."""
+        try:
+            booster = xgb.Booster(model_file=bytearray(data))
+            columns = booster.num_features()
+        except xgb.core.XGBoostError as error:
+            raise ArtifactError("the ranker is not a readable XGBoost model") from error
+        if columns != len(feature_names(members)):
+            raise ArtifactError(f"the ranker has {columns} features, its model {len(feature_names(members))}")
+        return cls(booster, Linear.from_json(booster.attr("linear") or ""), members)
+
+
+def train_ranker(
+    train: LabelledGroups, valid: LabelledGroups, members: tuple[str, ...], sizes: RankerSizes, seed: int
+) -> Ranker | None:
+    """A ranker for NDCG@10, its trees stopped early on `valid`; None if there is no group to learn or stop by."""
+    train, valid = train.with_target(), valid.with_target()
+    if not len(train.sizes) or not len(valid.sizes):
+        return None
+
+    linear = fit_linear(train.features, train.labels, train.sizes, *linear_terms(members))
+
+    def matrix(groups: LabelledGroups) -> xgb.DMatrix:
+        margin = linear.score(groups.features)
+        data = xgb.DMatrix(groups.features, label=groups.labels, base_margin=margin, nthread=sizes.threads)
+        data.set_group(groups.sizes)
+        return data
+
+    parameters = {
+        "objective": "rank:ndcg",
+        "eval_metric": "ndcg@10",
+        "max_depth": sizes.depth,
+        "eta": sizes.learning_rate,
+        "min_child_weight": sizes.min_child_weight,
+        "colsample_bynode": sizes.column_share,
+        "subsample": sizes.row_share,
+        "lambda": sizes.l2,
+        "tree_method": "hist",
+        "nthread": sizes.threads,
+        "seed": seed,
+    }
+    booster = xgb.train(
+        parameters,
+        matrix(train),
+        sizes.trees,
+        evals=[(matrix(valid), "valid")],
+        early_stopping_rounds=sizes.patience,
+        verbose_eval=False,
+    )
+    return Ranker(booster[: booster.best_iteration + 1], linear, members)

@@ -1,0 +1,1 @@
+"""Watches the stream and the lists, and never stops what it watches."""

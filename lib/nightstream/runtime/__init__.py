@@ -1,0 +1,1 @@
+"""Settings, the Spark session, logs, the console: what everything else stands on."""

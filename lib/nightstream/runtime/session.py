@@ -1,0 +1,174 @@
+"""The Spark session: the only place that knows how one is built."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from nightstream.errors import MachineError
+from nightstream.runtime.jvm_log import Chatter
+from nightstream.runtime.settings import SparkSettings
+
+SUPPORTED_JAVA = (17, 21)
+_WANTED = "install Java 17 or 21 (on Debian: apt-get install openjdk-17-jre-headless) and set JAVA_HOME to it"
+_EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
+_GATEWAY = ("PYSPARK_GATEWAY_PORT", "PYSPARK_GATEWAY_SECRET")
+# What spark-submit notes about itself; a JVM started anew finds its own values.
+_OF_THE_LAUNCH = ("spark.submit.", "spark.app.", "spark.driver.host", "spark.driver.port", "spark.repl.")
+
+
+def check_java() -> None:
+    """Raise MachineError unless `java` is there in a version that Spark 4.2 supports."""
+    home = os.environ.get("JAVA_HOME")
+    java = str(Path(home) / "bin" / "java") if home else shutil.which("java")
+    if java is None or not Path(java).exists():
+        raise MachineError(f"Spark needs Java and none was found{f' in JAVA_HOME={home}' if home else ''}; {_WANTED}")
+    output = subprocess.run([java, "-version"], capture_output=True, text=True, check=False)
+    found = re.search(r'version "(\d+)', output.stderr + output.stdout)
+    if found is None or int(found[1]) not in SUPPORTED_JAVA:
+        version = found[1] if found else "of unknown version"
+        raise MachineError(f"Java {version} at {java} does not run Spark 4.2; {_WANTED}")
+
+
+def build(settings: SparkSettings, app_name: str = "nightstream", extra: dict[str, str] | None = None):
+    """The running session where there is one (Databricks, Spark Connect), else one of our own, with Delta.
+
+    Under spark-submit its settings win over ours. `extra` are Spark settings on top of all.
+    Raises MachineError for a missing or wrong Java and where the packages cannot be fetched.
+    """
+    from pyspark.sql import SparkSession
+
+    session = SparkSession.getActiveSession()
+    if session is None and ("DATABRICKS_RUNTIME_VERSION" in os.environ or "SPARK_REMOTE" in os.environ):
+        session = SparkSession.builder.appName(app_name).getOrCreate()
+    if session is not None:
+        _set_what_can_be({**_common(settings), **(extra or {})}, session)
+        return session
+    given = _submitted(settings)
+    master = given.get("spark.master", settings.master)
+    configuration = {**_common(settings), **_own(settings, master), **given, **(extra or {})}
+    if _GATEWAY[0] not in os.environ:
+        _launch(configuration)
+    builder = SparkSession.builder.appName(app_name)
+    for key, value in configuration.items():
+        builder = builder.config(key, value)
+    session = builder.getOrCreate()
+    session.conf.set("spark.sql.session.timeZone", "UTC")
+    return session
+
+
+def _common(settings: SparkSettings) -> dict[str, str]:
+    return {
+        "spark.sql.session.timeZone": "UTC",
+        "spark.sql.shuffle.partitions": str(settings.shuffle_partitions),
+        "spark.sql.adaptive.enabled": str(settings.adaptive).lower(),
+        # Small tables and short micro-batches: the fixed cost of each stage is what counts.
+        "spark.databricks.delta.snapshotPartitions": "1",
+        "spark.databricks.delta.merge.materializeSource": "none",
+        # A Delta source that drops or widens a column changes the payloads, and those are validated one by one.
+        "spark.databricks.delta.streaming.allowSourceColumnRenameAndDrop": "always",
+        "spark.databricks.delta.streaming.allowSourceColumnTypeChange": "always",
+        # Options of a source in plans and errors: the login of Kafka is in one whose name says nothing of a password.
+        "spark.sql.redaction.options.regex": "(?i)url|secret|password|token|key|jaas",
+        "spark.sql.execution.arrow.pyspark.enabled": "true",
+        "spark.sql.execution.arrow.maxRecordsPerBatch": "2048",
+    }
+
+
+def _own(settings: SparkSettings, master: str) -> dict[str, str]:
+    configuration = {
+        "spark.sql.extensions": _EXTENSION,
+        "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
+        "spark.master": master,
+        "spark.sql.warehouse.dir": settings.warehouse,
+        "spark.driver.memory": settings.driver_memory,
+        "spark.ui.enabled": "false",
+        "spark.ui.showConsoleProgress": "false",
+        # A micro-batch goes through more than the 100 compiled classes that Spark keeps, so it would compile all anew.
+        "spark.sql.codegen.cache.maxEntries": "10000",
+    }
+    if master.startswith("local"):
+        configuration |= {"spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1"}
+    if settings.packages:
+        configuration["spark.jars.packages"] = ",".join(settings.packages)
+    log4j = files("nightstream.runtime") / "log4j2.properties"
+    if log4j.is_file():
+        configuration["spark.driver.extraJavaOptions"] = f"-Dlog4j2.configurationFile=file:{log4j}"
+    return configuration
+
+
+def _set_what_can_be(configuration: dict[str, str], session: Any) -> None:
+    """Shared and serverless clusters refuse settings that they decide themselves; nothing here depends on those."""
+    for key, value in configuration.items():
+        with contextlib.suppress(Exception):
+            session.conf.set(key, value)
+
+
+def _submitted(settings: SparkSettings) -> dict[str, str]:
+    """The settings given to spark-submit, none outside it.
+
+    spark-submit has started the JVM before we could ask for Delta. Where it lacks Delta, that JVM is left alone and
+    `build` starts another with the same settings and the packages.
+    """
+    if _GATEWAY[0] not in os.environ:
+        return {}
+    from pyspark import SparkContext
+    from pyspark.java_gateway import launch_gateway
+
+    SparkContext._ensure_initialized(gateway=launch_gateway())
+    jvm: Any = SparkContext._jvm
+    pairs = jvm.org.apache.spark.SparkConf().getAll()
+    given = {pair._1(): pair._2() for pair in pairs}
+    if _has_delta(jvm):
+        return given
+    if given.get("spark.submit.deployMode") == "cluster":
+        raise MachineError(f"the driver has no Delta Lake: give spark-submit --packages {','.join(settings.packages)}")
+    gateway: Any = SparkContext._gateway
+    gateway.close()
+    SparkContext._gateway = SparkContext._jvm = None
+    for name in _GATEWAY:
+        os.environ.pop(name, None)
+    return {key: value for key, value in given.items() if not key.startswith(_OF_THE_LAUNCH)}
+
+
+def _has_delta(jvm: Any) -> bool:
+    from py4j.protocol import Py4JJavaError
+
+    try:
+        jvm.java.lang.Thread.currentThread().getContextClassLoader().loadClass(_EXTENSION)
+    except Py4JJavaError:
+        return False
+    return True
+
+
+def _launch(configuration: dict[str, str]) -> None:
+    """Start the JVM ourselves, so that what it says at its start goes through our log."""
+    check_java()
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)
+    from pyspark import SparkConf, SparkContext
+    from pyspark.errors import PySparkRuntimeError
+    from pyspark.java_gateway import launch_gateway
+
+    if SparkContext._gateway is not None:
+        return
+    conf = SparkConf(loadDefaults=False).setAll(list(configuration.items()))
+    with Chatter() as chatter:
+        try:
+            gateway = launch_gateway(conf, {"stderr": chatter.pipe})
+        except PySparkRuntimeError as error:
+            packages = configuration.get("spark.jars.packages", "")
+            if chatter.said("unresolved dependency", "download failed", "not found"):
+                raise MachineError(
+                    f"Spark could not fetch {packages}: check the connection to the Maven repository, "
+                    "or remove half-fetched packages from ~/.m2 and ~/.ivy2.5.2"
+                ) from error
+            raise MachineError(f"Spark's JVM did not start: {chatter.last() or 'it said nothing'}") from error
+    SparkContext._ensure_initialized(gateway=gateway)

@@ -1,0 +1,329 @@
+"""Typed, range-checked settings: base.yaml, overlays, and `--set key=value` on top.
+
+The values live in conf/base.yaml alone; the classes here give the types and the ranges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from nightstream.errors import SettingsError
+from nightstream.runtime import secrets
+
+EVENT_COLUMNS = ("event_id", "user_id", "item_id", "event_type", "event_time", "value", "retracts")
+# Nothing that was given there is shown in a message: it may be a secret.
+_CONFIDENTIAL = ("stream", "options")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StorageSettings(Section):
+    root: str = Field(min_length=1)
+    kind: Literal["path", "catalog"]
+    work_dir: str = Field(min_length=1)
+
+
+class SparkSettings(Section):
+    master: str
+    driver_memory: str = Field(pattern=r"^\d+[mg]$")
+    shuffle_partitions: int = Field(ge=1, le=10_000)
+    adaptive: bool
+    warehouse: str = Field(min_length=1)
+    packages: tuple[str, ...]
+
+
+class EventSettings(Section):
+    types: tuple[str, ...] = Field(min_length=1)
+    window_types: tuple[str, ...] = Field(min_length=1)
+    default_type: str
+    retraction_type: str
+    max_id_length: int = Field(ge=1, le=4096)
+    max_future_seconds: int = Field(ge=0, le=604_800)
+    min_value: float
+    max_value: float
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EventSettings:
+        unknown = [t for t in (*self.window_types, self.default_type) if t not in self.types]
+        if unknown:
+            raise ValueError(f"window_types and default_type must be among types; not there: {', '.join(unknown)}")
+        if self.min_value > self.max_value:
+            raise ValueError("min_value must not exceed max_value")
+        if self.retraction_type in self.types:
+            raise ValueError("retraction_type must not be one of types")
+        return self
+
+
+BatchFormat = Literal["csv", "jsonl", "parquet", "delta", "recbole"]
+
+
+class EventSource(Section):
+    format: BatchFormat
+    path: str = Field(min_length=1)
+    columns: dict[str, str]
+    time_unit: Literal["auto", "seconds", "milliseconds", "microseconds", "iso"]
+
+    @model_validator(mode="after")
+    def _known_columns(self) -> EventSource:
+        unknown = sorted(set(self.columns) - set(EVENT_COLUMNS))
+        if unknown:
+            raise ValueError(f"columns: {', '.join(unknown)} not among {', '.join(EVENT_COLUMNS)}")
+        missing = [c for c in ("user_id", "item_id", "event_time") if c not in self.columns]
+        if missing:
+            raise ValueError(f"columns: {', '.join(missing)} must be mapped")
+        return self
+
+
+_SUFFIXES = {"inter": "recbole", "item": "recbole", "user": "recbole", "csv": "csv", "parquet": "parquet"}
+_SUFFIXES |= dict.fromkeys(("json", "jsonl", "ndjson"), "jsonl")
+
+
+class AttributeSource(Section):
+    @model_validator(mode="before")
+    @classmethod
+    def _format_by_suffix(cls, document: Any) -> Any:
+        if isinstance(document, dict) and "format" not in document:
+            guess = _SUFFIXES.get(str(document.get("path")).rpartition(".")[2].lower())
+            return {"format": guess, **document} if guess else document
+        return document
+
+
+class ItemSource(AttributeSource):
+    format: BatchFormat
+    path: str = Field(min_length=1)
+    id: str = "item_id"
+    title: str | None = None
+    text: tuple[str, ...] = ()
+    categories: dict[str, str | None] = {}
+    numbers: tuple[str, ...] = ()
+    available: str | None = None
+
+
+class UserSource(AttributeSource):
+    format: BatchFormat
+    path: str = Field(min_length=1)
+    id: str = "user_id"
+    categories: dict[str, str | None] = {}
+    numbers: tuple[str, ...] = ()
+
+
+class SourceSettings(Section):
+    events: EventSource
+    items: ItemSource | None
+    users: UserSource | None
+
+
+class StreamSettings(Section):
+    format: Literal["jsonl", "delta", "kafka"]
+    path: str = Field(min_length=1)
+    options: dict[str, str]
+    checkpoint: str = Field(min_length=1)
+    max_per_trigger: int = Field(ge=1, le=1_000_000)
+    trigger_seconds: float = Field(ge=0, le=3600)
+    snapshot_seconds: float = Field(ge=0, le=3600)
+    handover_slice: int = Field(ge=0, le=1_000_000)
+    metrics_seconds: float = Field(ge=1, le=3600)
+
+    @field_validator("options")
+    @classmethod
+    def _no_literal_secrets(cls, options: dict[str, str]) -> dict[str, str]:
+        literal = secrets.literal_secrets(options)
+        if literal:
+            raise ValueError(
+                f"{', '.join(literal)} holds a secret in plain text; "
+                "write ${env:NAME} or, on Databricks, ${secret:scope/key} in its place"
+            )
+        return options
+
+    def resolved_options(self) -> dict[str, str]:
+        """The source options with every reference replaced by its secret. Raises SettingsError for one without."""
+        found, problems = secrets.resolve(self.options)
+        if problems:
+            raise SettingsError([f"stream.options: {p}" for p in problems])
+        return found
+
+
+class WindowSettings(Section):
+    length: int = Field(ge=1, le=1000)
+    seen_limit: int = Field(ge=1, le=100_000)
+
+
+class FeatureSettings(Section):
+    max_words: int = Field(ge=100, le=1_000_000)
+    max_tokens: int = Field(ge=1, le=512)
+    max_category_values: int = Field(ge=1, le=1_000_000)
+
+
+class TrainingSettings(Section):
+    encoders: tuple[Literal["gru", "cnn", "transformer"], ...] = Field(min_length=1)
+    parallel_encoders: int = Field(ge=1, le=8)
+    threads: int = Field(ge=1, le=256)
+    epochs: int = Field(ge=1, le=1000)
+    max_events: int = Field(ge=1000, le=1_000_000_000)
+    seed: int
+    processes: int = Field(ge=1, le=64)
+    local_mode: bool
+    validation_fraction: float = Field(ge=0.001, le=0.4)
+    ranking_fraction: float = Field(ge=0.001, le=0.4)
+
+
+class GateSettings(Section):
+    margin: float | None = Field(ge=0, le=1)
+    min_events: int = Field(ge=1, le=1_000_000)
+    sample_events: int = Field(ge=1, le=1_000_000)
+
+    @model_validator(mode="after")
+    def _reachable(self) -> GateSettings:
+        if self.min_events > self.sample_events:
+            raise ValueError("min_events must not exceed sample_events")
+        return self
+
+
+class ServingSettings(Section):
+    top_k: int = Field(ge=1, le=1000)
+    default_user: str = Field(min_length=1)
+    merge_attempts: int = Field(ge=1, le=100)
+    lease_seconds: int = Field(ge=5, le=3600)
+
+
+class EvaluationSettings(Section):
+    cut_fraction: float = Field(ge=0.001, le=0.9)
+    delays_seconds: tuple[float, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _not_negative(self) -> EvaluationSettings:
+        if any(d < 0 for d in self.delays_seconds):
+            raise ValueError("delays_seconds must be 0 or more")
+        return self
+
+
+class Settings(Section):
+    storage: StorageSettings
+    spark: SparkSettings
+    events: EventSettings
+    sources: SourceSettings
+    stream: StreamSettings
+    window: WindowSettings
+    features: FeatureSettings
+    training: TrainingSettings
+    gate: GateSettings
+    serving: ServingSettings
+    evaluation: EvaluationSettings
+
+
+# Sections that an overlay replaces as a whole: merging one source's columns into another's would mix two mappings.
+_REPLACED = {("sources", "items"), ("sources", "users"), ("sources", "events", "columns"), ("stream", "options")}
+
+
+def load(files: Sequence[str | Path], overrides: Iterable[str] = ()) -> Settings:
+    """Read base.yaml beside the first file, then each file, then `key=value` overrides (dotted keys, YAML values).
+
+    Raises SettingsError with every problem found: missing files, bad YAML, unknown keys, types and ranges.
+    """
+    problems: list[str] = []
+    merged: dict[str, Any] = {}
+    for path in _with_base([Path(f) for f in files]):
+        document = _read(path, problems)
+        if document:
+            merged = _merge(merged, document)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            problems.append(f"--set {override}: write it as section.key=value")
+            continue
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            problems.append(f"--set {key}: the value is not valid YAML, put it in quotes")
+            continue
+        _assign(merged, key.strip().split("."), value)
+    if problems:
+        raise SettingsError(problems)
+    return validate(merged)
+
+
+def validate(document: dict[str, Any]) -> Settings:
+    """Settings from a complete document. Raises SettingsError with every problem."""
+    try:
+        return Settings.model_validate(document)
+    except ValidationError as error:
+        raise SettingsError([_sentence(e) for e in error.errors()]) from None
+
+
+def leaf_keys(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
+    """Dotted names of all settings, for the test that each of them is read somewhere."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        inner = _section_of(field.annotation)
+        keys += leaf_keys(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
+    return keys
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+
+
+def _with_base(files: list[Path]) -> list[Path]:
+    if not files:
+        raise SettingsError(["give at least one file with --settings, such as --settings conf/base.yaml"])
+    base = files[0].parent / "base.yaml"
+    if any(f.resolve() == base.resolve() for f in files):
+        return files
+    return [base, *files]
+
+
+def _read(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError:
+        problems.append(f"the settings file {path} cannot be read; check the path given with --settings")
+        return {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problems.append(f"{path} is not valid YAML{f' (line {mark.line + 1})' if mark else ''}; mend it")
+        return {}
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        problems.append(f"{path} must hold sections with keys, not a {type(document).__name__}")
+        return {}
+    return document
+
+
+def _merge(low: Any, high: Any, path: tuple[str, ...] = ()) -> Any:
+    if not isinstance(low, dict) or not isinstance(high, dict) or path in _REPLACED:
+        return high
+    merged = dict(low)
+    for key, value in high.items():
+        merged[key] = _merge(low[key], value, (*path, str(key))) if key in low else value
+    return merged
+
+
+def _assign(document: dict[str, Any], path: list[str], value: Any) -> None:
+    """Set one key, and that alone: unlike an overlay, it leaves the rest of its section as it is."""
+    *above, last = path
+    for part in above:
+        inner = document.get(part)
+        document[part] = inner = dict(inner) if isinstance(inner, dict) else {}
+        document = inner
+    document[last] = value
+
+
+def _sentence(error: Any) -> str:
+    key = ".".join(str(p) for p in error["loc"]) or "settings"
+    if error["type"] == "extra_forbidden":
+        return f"{key} is not a setting; remove it or see conf/base.yaml for the name"
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    hidden = isinstance(error["input"], dict) or error["loc"][:2] == _CONFIDENTIAL
+    given = "" if hidden else f" (given: {error['input']!r})"
+    return f"{key}: {message[0].lower()}{message[1:]}{given}"

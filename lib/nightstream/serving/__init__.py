@@ -1,0 +1,1 @@
+"""State, refresh, commit, and the two speeds that call them."""

@@ -1,0 +1,147 @@
+"""The catalogue under one model: encoding items to embeddings, and packing model and catalogue for the workers."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pyarrow as pa
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+
+from nightstream.errors import TableError
+from nightstream.models.bundle import Loaded, Payload, encode_catalogue
+from nightstream.models.features import transform_items
+from nightstream.store import registry
+from nightstream.store.materialize import cut
+from nightstream.store.storage import Storage
+from nightstream.store.tables import ITEM_EMBEDDINGS, ITEMS
+
+CONTENT = ("title", "text", "categories", "numbers")
+
+
+def known_items(items: DataFrame, events: DataFrame) -> DataFrame:
+    """ITEMS rows for all items that are described or occur in an event; one that only occurs has no content."""
+    occurring = events.where(F.col("item_id").isNotNull()).select("item_id").distinct()
+    described = items.withColumn("described", F.lit(True))
+    return (
+        occurring.join(described, "item_id", "full_outer")
+        .withColumn("available", F.coalesce("available", F.lit(True)))
+        .select(*ITEMS.schema.names)
+    )
+
+
+def embed(items: DataFrame, payload: Payload) -> DataFrame:
+    """ITEMS rows -> ITEM_EMBEDDINGS rows under the payload's model, encoded on the executors."""
+    rows = items.select("item_id", *CONTENT, content_hash().alias("content_hash"))
+    return rows.mapInArrow(_encoder(payload), ITEM_EMBEDDINGS.schema)
+
+
+def content_hash() -> Column:
+    """16 hex digits of sha256 over what an item is encoded from."""
+    return F.substring(F.sha2(F.to_json(F.struct(*CONTENT)), 256), 1, 16)
+
+
+def _encoder(payload: Payload) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    def encode(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        loaded: Loaded | None = None
+        for batch in batches:
+            if not batch.num_rows:
+                continue
+            loaded = loaded or payload.load()
+            table = pa.Table.from_batches([batch])
+            ids = table["item_id"].to_pylist()
+            vectors = loaded.model.encode_items(transform_items(table, loaded.statistics), ids)
+            known = set(loaded.model.item_ids)
+            offsets = pa.array(np.arange(len(ids) + 1, dtype=np.int32) * vectors.shape[1])
+            columns = {
+                "model_version": pa.array([payload.model_version] * len(ids)),
+                "item_id": pa.array(ids, pa.string()),
+                "vector": pa.ListArray.from_arrays(offsets, pa.array(vectors.reshape(-1).astype(np.float32))),
+                "from_content": pa.array([i not in known for i in ids]),
+                "content_hash": batch.column("content_hash"),
+            }
+            yield pa.record_batch(
+                [columns[n] for n in ITEM_EMBEDDINGS.schema.names], names=ITEM_EMBEDDINGS.schema.names
+            )
+
+    return encode
+
+
+def model_payload(storage: Storage, version: str) -> Payload:
+    """The model alone, with an empty catalogue: enough to encode items."""
+    return Payload(version, "", registry.load_artifacts(storage, version), NO_ITEMS)
+
+
+def load_payload(storage: Storage, version: str, files: dict[str, bytes] | None = None) -> Payload:
+    """A version with its catalogue as the tables have it now; both are bounded by what one worker must hold.
+
+    catalogue_version is a hash of the catalogue's content, so it moves only when that does.
+    Raises TableError where the version has no embeddings.
+    """
+    vectors = storage.read(ITEM_EMBEDDINGS).where(F.col("model_version") == version).select("item_id", "vector")
+    described = storage.read_or_empty(ITEMS).select("item_id", "title", "available")
+    table = (
+        vectors.join(described, "item_id", "left")
+        .select("item_id", "title", F.coalesce("available", F.lit(True)).alias("available"), "vector")
+        .toArrow()
+    )
+    if not table.num_rows:
+        raise TableError(
+            f"model {version} has no rows in {ITEM_EMBEDDINGS.name}; publish another version or train anew"
+        )
+    content = encode_catalogue(table)
+    digest = hashlib.sha256(content).hexdigest()[:12]
+    return Payload(version, digest, files or registry.load_artifacts(storage, version), content)
+
+
+def payload_of(name: str, files: dict[str, bytes], items: DataFrame) -> Payload:
+    """A payload that no table holds: the files of a model with the embeddings of `items` (ITEMS rows), made for this.
+
+    Both are bounded by what one worker must hold.
+    """
+    # Workers keep what they decode by name and catalogue version, and other files may have had this name before.
+    encoder = Payload(name, uuid.uuid4().hex, files, NO_ITEMS)
+    embedded = embed(items, encoder).select("item_id", "vector")
+    table = items.join(embedded, "item_id").select("item_id", "title", "available", "vector").toArrow()
+    return Payload(name, encoder.catalogue_version + "+", files, encode_catalogue(table))
+
+
+def embed_changed(storage: Storage, items: DataFrame, payload: Payload, attempts: int) -> int:
+    """Encode those ITEMS rows that have no embedding under the payload's model yet, or one of an older content; returns
+    how many there were."""
+    present = storage.read_or_empty(ITEM_EMBEDDINGS).where(F.col("model_version") == payload.model_version)
+    before = present.select("item_id", F.col("content_hash").alias("_before"))
+    changed = items.join(before, "item_id", "left").where(~content_hash().eqNullSafe(F.col("_before"))).persist()
+    try:
+        row = changed.agg(F.count(F.lit(1)).alias("all"), F.count("_before").alias("updated")).first()
+        assert row is not None
+        if row["updated"]:
+            rows = cut(embed(changed, payload), {}, size=row["all"], cached=False).rows
+            storage.with_retries(lambda: _replace(storage, rows), attempts, ITEM_EMBEDDINGS.name)
+        elif row["all"]:
+            # An append, unlike a MERGE, meets no conflict with the night that writes its own model's embeddings.
+            storage.append(ITEM_EMBEDDINGS, embed(changed, payload))
+        return int(row["all"])
+    finally:
+        changed.unpersist()
+
+
+def _replace(storage: Storage, rows: DataFrame) -> None:
+    same = "old.model_version = new.model_version AND old.item_id = new.item_id"
+    merge = storage.table(ITEM_EMBEDDINGS).alias("old").merge(rows.alias("new"), same)
+    merge.whenMatchedUpdateAll().whenNotMatchedInsertAll().execute()
+
+
+NO_ITEMS = encode_catalogue(
+    pa.table(
+        {
+            "item_id": pa.array([], pa.string()),
+            "title": pa.array([], pa.string()),
+            "available": pa.array([], pa.bool_()),
+            "vector": pa.array([], pa.list_(pa.float32())),
+        }
+    )
+)

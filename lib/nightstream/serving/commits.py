@@ -1,0 +1,237 @@
+"""The one commit of a micro-batch or a night, and the two MERGEs behind it.
+
+An append to `refreshes` is the commit: that row is the truth. `user_vectors` and `recommendations` follow by MERGE, the
+higher revision wins, so a MERGE that is repeated, or done after a crash, changes nothing that is right already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import partial
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import functions as F
+
+from nightstream.serving.user_state import TIME, newest_rows
+from nightstream.store import buckets
+from nightstream.store.materialize import Cut, cut
+from nightstream.store.storage import Storage
+from nightstream.store.tables import LIST_ENTRY, RECOMMENDATIONS, REFRESHED, REFRESHES, SEEN_OVERFLOW, USER_VECTORS
+
+CLOCK_SKEW = timedelta(hours=1)
+# A refreshed user with a full window and 2,000 seen items takes some 100 kB, so at most 400 MB on the driver.
+LOCAL_USERS = 4_000
+
+
+def settled(refreshed: DataFrame, limit: int = LOCAL_USERS) -> Cut:
+    """REFRESHED rows, computed now; totals: users, and overflowing: how many of them have overflowing seen entries.
+
+    limit: of cutting.cut; 0 for all users of an installation.
+    """
+    totals = {"users": F.count("user_id"), "overflowing": F.count_if(F.size("overflow") > 0)}
+    return cut(refreshed, totals, limit, cached=False)
+
+
+def settled_table(spark: SparkSession, refreshed: pa.Table) -> Cut:
+    """As `settled`, of REFRESHED rows that were computed on the driver."""
+    overflowing = pc.sum(pc.greater(pc.list_value_length(refreshed["overflow"]), 0)).as_py() or 0
+    return Cut.of(spark, refreshed, REFRESHED, {"users": refreshed.num_rows, "overflowing": overflowing})
+
+
+def commit(
+    storage: Storage,
+    refreshed: Cut,
+    writer: str,
+    batch_id: int,
+    refreshed_at: datetime,
+    fresh: bool = False,
+    refolded: DataFrame | None = None,
+    attempts: int = 1,
+) -> Cut:
+    """Append one row per refreshed user to `refreshes`, once per (writer, batch_id). Returns the rows as committed.
+
+    fresh: the caller knows by `is_committed`, or has just begun it, that this batch is not committed yet; else Delta
+    looks for it in the table's log.
+    refolded: user_id of those whose states were folded from their whole history; what the side table had of them from
+    before is no longer true where an event has been taken back. attempts: of deleting it, where another writer is met.
+
+    refreshed: rows of the refresh, cut off by `settled`. Overflowing seen entries go to their side table first: were
+    the order the other way round, a crash between the two would lose them.
+    """
+    _keep_overflow(storage, refreshed, refolded, attempts)
+    told = {"refreshed_at": refreshed_at, "writer": writer, "batch_id": batch_id}
+    if refreshed.table is not None:
+        count = refreshed.table.num_rows
+        kinds = {"refreshed_at": TIME, "writer": pa.string(), "batch_id": pa.int64()}
+        columns = {name: pa.repeat(pa.scalar(told[name], kind), count) for name, kind in kinds.items()}
+        columns = {n: columns[n] if n in columns else refreshed.table[n] for n in REFRESHES.schema.names}
+        committed = Cut.of(storage.spark, pa.table(columns), REFRESHES.schema, {})
+    else:
+        literals = {name: F.lit(value).cast(REFRESHES.schema[name].dataType) for name, value in told.items()}
+        committed = Cut(refreshed.rows.withColumns(literals).select(*REFRESHES.schema.names), {})
+    storage.append(REFRESHES, committed.rows, None if fresh else (writer, batch_id))
+    return committed
+
+
+def _keep_overflow(storage: Storage, refreshed: Cut, refolded: DataFrame | None, attempts: int) -> None:
+    """Repeated rows do no harm, so a batch that comes again appends them again: its users may be others."""
+    surplus = refreshed.rows.where(F.size("overflow") > 0).select("user_id", F.explode("overflow").alias("o"))
+    entries = surplus.select("user_id", "o.item_id", "o.event_time")
+    if refreshed.totals["overflowing"]:
+        storage.append(SEEN_OVERFLOW, entries)
+    if refolded is None or not storage.exists(SEEN_OVERFLOW):
+        return
+    key = ["user_id", "item_id"]
+    before = storage.read(SEEN_OVERFLOW).select(*key).join(refolded, "user_id", "left_semi").distinct()
+    stale = before.join(entries.select(*key), key, "left_anti")
+    if stale.isEmpty():
+        return
+
+    def delete() -> None:
+        same = "t.user_id = s.user_id AND t.item_id = s.item_id"
+        storage.table(SEEN_OVERFLOW).alias("t").merge(stale.alias("s"), same).whenMatchedDelete().execute()
+
+    storage.with_retries(delete, attempts, SEEN_OVERFLOW.name)
+
+
+def is_committed(storage: Storage, writer: str, batch_id: int) -> bool:
+    """Whether this writer has committed this batch already: true in the replay of a batch that died in its MERGEs."""
+    if not storage.exists(REFRESHES):
+        return False
+    mine = storage.read(REFRESHES).where((F.col("writer") == writer) & (F.col("batch_id") == batch_id))
+    return not mine.isEmpty()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a MERGE must know of the serving tables; it changes only under the lease, by a night.
+
+    width: how many ranks it must write so that no longer list of an older setting keeps its end.
+    vectors, lists: buckets of USER_VECTORS and RECOMMENDATIONS.
+    """
+
+    width: int
+    vectors: int = 1
+    lists: int = 1
+
+    @classmethod
+    def of(cls, storage: Storage, top_k: int) -> Layout:
+        """As the tables are now; lists get top_k ranks."""
+        vectors, lists = buckets.present(storage, USER_VECTORS), buckets.present(storage, RECOMMENDATIONS)
+        if not storage.exists(RECOMMENDATIONS):
+            return cls(top_k, vectors, lists)
+        row = storage.read(RECOMMENDATIONS).agg(F.max("rank")).first()
+        return cls(max(top_k, row[0] or 0) if row is not None else top_k, vectors, lists)
+
+
+def merge(storage: Storage, rows: Cut, layout: Layout, attempts: int) -> None:
+    """MERGE committed rows into both serving tables, side by side.
+
+    rows: one per user, its newest: of an older one, ranks that the user's list no longer has would be inserted again.
+    """
+    retry = storage.with_retries
+    with ThreadPoolExecutor(2) as pool:
+        vectors = pool.submit(retry, lambda: _merge_states(storage, rows, layout), attempts, USER_VECTORS.name)
+        lists = pool.submit(retry, lambda: _merge_lists(storage, rows, layout), attempts, RECOMMENDATIONS.name)
+        vectors.result()
+        lists.result()
+
+
+def spread(storage: Storage, users: int, attempts: int) -> None:
+    """Give both serving tables as many buckets as so many users need, one table after the other."""
+    for spec in (USER_VECTORS, RECOMMENDATIONS):
+        storage.with_retries(partial(buckets.spread, storage, spec, users), attempts, spec.name)
+
+
+def merge_tail(storage: Storage, layout: Layout, attempts: int) -> None:
+    """Merge what was committed but not merged before a crash; doing it needlessly changes nothing.
+
+    Both tables follow `refreshes` in order, so whatever one of them misses is not older than its newest row, but for
+    the skew of the writers' clocks.
+    """
+    storage.create(USER_VECTORS, RECOMMENDATIONS)
+    if not storage.exists(REFRESHES):
+        return
+    refreshes = storage.read(REFRESHES)
+    reached = [storage.read(t).agg(F.max("refreshed_at")).first() for t in (USER_VECTORS, RECOMMENDATIONS)]
+    times = [row[0] for row in reached if row is not None and row[0] is not None]
+    if len(times) == 2:
+        refreshes = refreshes.where(F.col("refreshed_at") >= F.lit(min(times) - CLOCK_SKEW))
+    merge(storage, Cut(newest([refreshes]), {}), layout, attempts)
+
+
+def newest(frames: Sequence[DataFrame]) -> DataFrame:
+    """Rows with user_id and revision -> the row of the highest revision of each user, over all frames."""
+    first, *rest = frames
+    for frame in rest:
+        first = first.unionByName(frame)
+    order = Window.partitionBy("user_id").orderBy(F.desc("revision"))
+    return first.withColumn("_place", F.row_number().over(order)).where("_place = 1").drop("_place")
+
+
+def newest_committed(storage: Storage, commits: Sequence[Cut]) -> Cut:
+    """`newest` over what `commit` returned, without a job where all of it is on the driver."""
+    tables = [each.table for each in commits if each.table is not None]
+    if len(tables) == len(commits):
+        return Cut.of(storage.spark, newest_rows(tables), REFRESHES.schema, {})
+    return Cut(newest([each.rows for each in commits]), {})
+
+
+def holders(storage: Storage, commits: Sequence[Cut], items: DataFrame) -> DataFrame:
+    """user_id of those whose newest list holds one of the items (column item_id), repetitions included.
+
+    commits: those that RECOMMENDATIONS may lack, from before it is read.
+    """
+    lists = storage.read(RECOMMENDATIONS).select("user_id", "item_id")
+    if commits:
+        newer = newest_committed(storage, commits).rows
+        others = lists.join(F.broadcast(newer.select("user_id")), "user_id", "left_anti")
+        lists = others.unionByName(newer.select("user_id", F.explode("items.item_id").alias("item_id")))
+    return lists.join(F.broadcast(items), "item_id", "left_semi").select("user_id")
+
+
+def list_rows(rows: DataFrame, width: int) -> DataFrame:
+    """Committed rows, with their bucket -> one row per user and rank 1..width; a rank behind the end of the list has no
+    item."""
+    ranks = rows.select("*", F.explode(F.sequence(F.lit(1), F.lit(width))).alias("rank"))
+    entry = F.get("items", F.col("rank") - 1)
+    columns = [
+        (entry[c].alias(c) if c in LIST_ENTRY.names and c != "rank" else F.col(c)) for c in RECOMMENDATIONS.schema.names
+    ]
+    return ranks.select(*columns)
+
+
+def _merge_states(storage: Storage, rows: Cut, layout: Layout) -> None:
+    source, where = _source(rows, layout.vectors)
+    (
+        storage.table(USER_VECTORS)
+        .alias("t")
+        .merge(source.select(*USER_VECTORS.schema.names).alias("s"), f"{where} AND t.user_id = s.user_id")
+        .whenMatchedUpdateAll(condition="s.revision > t.revision")
+        .whenNotMatchedInsertAll()
+        .execute()
+    )
+
+
+def _merge_lists(storage: Storage, rows: Cut, layout: Layout) -> None:
+    source, where = _source(rows, layout.lists)
+    (
+        storage.table(RECOMMENDATIONS)
+        .alias("t")
+        .merge(list_rows(source, layout.width).alias("s"), f"{where} AND t.user_id = s.user_id AND t.rank = s.rank")
+        .whenMatchedDelete(condition="s.revision > t.revision AND s.item_id IS NULL")
+        .whenMatchedUpdateAll(condition="s.revision > t.revision")
+        .whenNotMatchedInsertAll(condition="s.item_id IS NOT NULL")
+        .execute()
+    )
+
+
+def _source(rows: Cut, count: int) -> tuple[DataFrame, str]:
+    """The rows with their bucket, of `count`, and the condition that lets a MERGE skip files."""
+    users = None if rows.table is None else rows.table["user_id"]
+    return rows.rows.withColumn("bucket", buckets.bucket(F.col("user_id"), count)), buckets.condition(count, users)

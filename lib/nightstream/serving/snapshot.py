@@ -1,0 +1,67 @@
+"""What a running stream takes up beside its events: a newly published model, and new, updated and withdrawn items."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from nightstream.ingest.descriptions import ItemsSource
+from nightstream.models.bundle import Payload
+from nightstream.runtime.settings import Settings
+from nightstream.serving import catalogue
+from nightstream.store import registry
+from nightstream.store.storage import Storage
+from nightstream.store.tables import ITEMS, MODELS
+
+log = logging.getLogger(__name__)
+
+
+class News:
+    """Looks at the items source and at the tables models and items, when `is_due` says so.
+
+    The night may merge the items source at the same time: both write the same rows, and a MERGE that meets the other
+    is tried again.
+    """
+
+    def __init__(self, storage: Storage, settings: Settings) -> None:
+        self.storage, self.settings = storage, settings
+        self._items_source = ItemsSource(storage, settings)
+        self._seen_commits: tuple[int | None, int | None] | None = None
+        self._looked_at = time.monotonic()
+
+    def first(self) -> Payload:
+        """The published model with its catalogue as it is. Raises TableError where none is published."""
+        return catalogue.load_payload(self.storage, registry.published(self.storage).model_version)
+
+    def is_due(self) -> bool:
+        """Whether it is time to look, which it is every `stream.snapshot_seconds` at most."""
+        if time.monotonic() - self._looked_at < self.settings.stream.snapshot_seconds:
+            return False
+        self._looked_at = time.monotonic()
+        return True
+
+    def newer(self, payload: Payload) -> Payload | None:
+        """What should serve from now on instead of `payload`; None where that is up to date.
+
+        Items that are new, or that have another content than before, are encoded under the published model first.
+        """
+        storage = self.storage
+        self._items_source.take_up()
+        commits = (storage.version(MODELS), storage.version(ITEMS))
+        if commits == self._seen_commits:
+            return None
+        version = registry.published(storage).model_version
+        model = payload if version == payload.model_version else catalogue.load_payload(storage, version)
+        attempts = self.settings.serving.merge_attempts
+        catalogue.embed_changed(storage, storage.read_or_empty(ITEMS), model, attempts)
+        newest = catalogue.load_payload(storage, version, model.files)
+        # What was committed while this ran is looked at next time.
+        self._seen_commits = commits
+        if _versions(newest) == _versions(payload):
+            return None
+        log.info("new snapshot", extra={"model": newest.model_version, "catalogue": newest.catalogue_version})
+        return newest
+
+
+def _versions(payload: Payload) -> tuple[str, str]:
+    return payload.model_version, payload.catalogue_version

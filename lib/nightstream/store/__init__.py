@@ -1,0 +1,1 @@
+"""The Delta tables and every way to read and write them."""

@@ -1,0 +1,168 @@
+"""Model versions as Delta rows: artifacts first, then one commit that publishes.
+
+A version is readable only once a row of `models` names it, and serves only once a row says `published`; the newest
+published row is the model that serves, so rolling back is publishing an older version again. A version that the gate
+rejected stays, with a row that says so, and can still be published by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+
+from nightstream.errors import ArtifactError, TableError
+from nightstream.store.storage import Storage
+from nightstream.store.tables import MODEL_ARTIFACTS, MODELS
+
+PART_BYTES = 32 * 1024 * 1024
+TRAINED, PUBLISHED, REJECTED = "trained", "published", "rejected"
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One row of `models`: a step in the life of a version."""
+
+    model_version: str
+    status: str
+    at: datetime
+    settings: dict[str, Any]
+    metrics: dict[str, Any]
+    history: list[dict[str, Any]]
+
+
+def version_name(as_of: datetime, seed: int) -> str:
+    """The name of the version trained as of a moment: sorts by time."""
+    return f"{as_of:%Y%m%dT%H%M%S}-{seed}"
+
+
+def save_artifacts(storage: Storage, version: str, files: dict[str, bytes]) -> None:
+    """Write a version's files in parts of at most 32 MB; a version written before (a killed run) is replaced."""
+    rows = []
+    for name, content in sorted(files.items()):
+        parts = [content[i : i + PART_BYTES] for i in range(0, len(content), PART_BYTES)] or [b""]
+        digest = hashlib.sha256(content).hexdigest()
+        rows += [(version, name, number, len(parts), digest, bytearray(part)) for number, part in enumerate(parts)]
+    frame = storage.spark.createDataFrame(rows, MODEL_ARTIFACTS.schema)
+    storage.overwrite(MODEL_ARTIFACTS, frame, where=f"model_version = '{version}'")
+
+
+def load_artifacts(storage: Storage, version: str, folder: str = "") -> dict[str, bytes]:
+    """The files of a version, by name; with `folder` those that were saved as "folder/name", else those without one.
+    Raises ArtifactError where one is missing, incomplete or damaged.
+
+    The driver holds one model, which is what a worker must hold too.
+    """
+    name = F.col("file")
+    inside = name.startswith(f"{folder}/") if folder else ~name.contains("/")
+    kept = storage.read(MODEL_ARTIFACTS).where((F.col("model_version") == version) & inside)
+    rows = kept.withColumn("file", F.substring_index(name, "/", -1)).orderBy("file", "part").collect()
+    if not rows:
+        what = f"artifacts under {folder}" if folder else "artifacts"
+        raise ArtifactError(
+            f"model {version} has no {what} in {MODEL_ARTIFACTS.name}; publish another version or train anew"
+        )
+    files: dict[str, bytes] = {}
+    for name in sorted({r.file for r in rows}):
+        parts = [r for r in rows if r.file == name]
+        content = b"".join(bytes(r.content) for r in parts)
+        if len(parts) != parts[0].parts or hashlib.sha256(content).hexdigest() != parts[0].sha256:
+            raise ArtifactError(f"{name} of model {version} is damaged; publish another version or train anew")
+        files[name] = content
+    return files
+
+
+def record(
+    storage: Storage,
+    version: str,
+    status: str,
+    at: datetime,
+    settings: dict[str, Any],
+    metrics: dict[str, Any],
+    history: list[dict[str, Any]],
+) -> None:
+    """Append one row to `models` in one commit; with status PUBLISHED this is the hand-over."""
+    row = (version, status, at, json.dumps(settings, sort_keys=True), json.dumps(metrics), json.dumps(history))
+    storage.append(MODELS, storage.spark.createDataFrame([row], MODELS.schema))
+
+
+def publish(storage: Storage, version: str, at: datetime) -> ModelRow:
+    """Publish a trained version, new, old or rejected. Raises TableError where the version is unknown."""
+    known = _known(storage, version)
+    record(storage, version, PUBLISHED, at, known.settings, known.metrics, known.history)
+    return ModelRow(version, PUBLISHED, at, known.settings, known.metrics, known.history)
+
+
+def reject(storage: Storage, version: str, at: datetime, numbers: dict[str, float]) -> None:
+    """Mark a trained version as rejected, the numbers of the decision among its metrics. Raises TableError where the
+    version is unknown."""
+    known = _known(storage, version)
+    record(storage, version, REJECTED, at, known.settings, {**known.metrics, **numbers}, known.history)
+
+
+def candidate(storage: Storage) -> ModelRow | None:
+    """The newest trained version that is not rejected, None where there is none.
+
+    A rejected version that has been published since is not rejected any more: a person has decided.
+    """
+    rows = storage.read(MODELS)
+
+    def newest_at(status: str) -> Column:
+        return F.max(F.when(F.col("status") == status, F.col("at")))
+
+    life = rows.groupBy("model_version").agg(
+        newest_at(REJECTED).alias("rejected_at"), newest_at(PUBLISHED).alias("published_at")
+    )
+    overruled = F.coalesce(F.col("published_at") >= F.col("rejected_at"), F.lit(False))
+    out = life.where(F.col("rejected_at").isNotNull() & ~overruled).select("model_version")
+    return _newest(rows.where(F.col("status") == TRAINED).join(out, "model_version", "left_anti"))
+
+
+def published(storage: Storage) -> ModelRow:
+    """The model that serves. Raises TableError where none has been published."""
+    row = newest(storage, PUBLISHED) if storage.exists(MODELS) else None
+    if row is None:
+        raise TableError("no model has been published yet; run the nightly job first")
+    return row
+
+
+def newest(storage: Storage, status: str | None = None, version: str | None = None) -> ModelRow | None:
+    """The newest row with that status and version, None where there is none."""
+    rows = storage.read(MODELS)
+    if status is not None:
+        rows = rows.where(F.col("status") == status)
+    if version is not None:
+        rows = rows.where(F.col("model_version") == version)
+    return _newest(rows)
+
+
+def _known(storage: Storage, version: str) -> ModelRow:
+    known = newest(storage, None, version)
+    if known is None:
+        raise TableError(f"model {version} is not in {MODELS.name}; train it first or name another version")
+    return known
+
+
+def _newest(rows: DataFrame) -> ModelRow | None:
+    found = rows.orderBy(F.desc("at"), F.desc("model_version")).limit(1).collect()
+    if not found:
+        return None
+    row = found[0]
+    try:
+        return ModelRow(
+            row.model_version,
+            row.status,
+            row.at,
+            json.loads(row.settings),
+            json.loads(row.metrics),
+            json.loads(row.history),
+        )
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"the row of model {row.model_version} in {MODELS.name} cannot be read; publish another version"
+        ) from error

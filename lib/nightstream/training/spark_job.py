@@ -1,0 +1,193 @@
+"""From Spark to the learner and back: events with roles become arrays on disk, a model comes out as files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyspark.ml.torch.distributor import TorchDistributor
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from nightstream.models.arrays import Sequences, UserFeatures
+from nightstream.models.bundle import FEATURES_FILE
+from nightstream.models.features import FeatureStatistics, transform_items, transform_users
+from nightstream.models.model import Model
+from nightstream.runtime import console
+from nightstream.runtime.settings import Settings
+from nightstream.training import splits
+from nightstream.training.feature_statistics import fit as fit_statistics
+from nightstream.training.pipeline import LearnSpec, learn
+from nightstream.training.trainer import train_encoder
+
+TAIL_SECONDS = 0.3
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A model as files, its validation metrics, one history entry per encoder and epoch, and the files of the model as
+    it stood before the refit, when it had not learnt from the validation events."""
+
+    files: dict[str, bytes]
+    metrics: dict[str, float]
+    history: list[dict[str, Any]]
+    before_refit: dict[str, bytes]
+
+
+def fit(settings: Settings, events: DataFrame, items: DataFrame, users: DataFrame, name: str) -> Fitted:
+    """Learn a model from events with `role` (see splits); those of role TEST must have been taken out.
+
+    events: live EVENTS rows of the types that enter a window. items: ITEMS rows of the whole catalogue.
+    name: the scratch folder below storage.work_dir; it is removed at the end and resumed from after a crash.
+    """
+    work = Path(settings.storage.work_dir) / name
+    work.mkdir(parents=True, exist_ok=True)
+    events = _newest(events, settings.training.max_events)
+    statistics = fit_statistics(items, users, events, settings.events.window_types, settings.features)
+    # The catalogue must fit into every worker, so it fits here.
+    catalogue = items.select("item_id", "title", "text", "categories", "numbers").toArrow().sort_by("item_id")
+    item_ids = catalogue["item_id"].combine_chunks()
+    _write(events, users, work)
+    sequences = _sequences(work, item_ids, statistics)
+    spec = LearnSpec(
+        encoders=settings.training.encoders,
+        options={"window": settings.window.length, "epochs": settings.training.epochs},
+        seed=settings.training.seed,
+        threads=settings.training.threads,
+        parallel=settings.training.parallel_encoders,
+    )
+    earlier: list[Model] = []
+    with console.training_bar() as update:
+        model = learn(
+            sequences,
+            transform_items(catalogue, statistics),
+            item_ids.to_pylist(),
+            list(statistics.event_types),
+            spec,
+            _launcher(settings, update),
+            work / "learning",
+            before_refit=earlier.append,
+        )
+    history = _history(work / "learning")
+    shutil.rmtree(work)
+    features = {FEATURES_FILE: statistics.to_json().encode()}
+    before_refit = earlier[0].to_artifacts() | features
+    return Fitted(model.to_artifacts() | features, _flat(model.metrics), history, before_refit)
+
+
+def _history(work: Path) -> list[dict[str, Any]]:
+    """One entry per training run and epoch: encoder, stage (the folder's name), epoch, loss, validation NDCG@10."""
+    entries: list[dict[str, Any]] = []
+    for path in sorted(work.glob("**/history.json")):
+        told = json.loads(path.read_text())
+        entries += [{"encoder": told["name"], "stage": path.parent.name, **epoch} for epoch in told["history"]]
+    return entries
+
+
+def _flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested figures -> dotted names."""
+    flat: dict[str, float] = {}
+    for name, value in metrics.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": float(value)}
+    return flat
+
+
+def _newest(events: DataFrame, limit: int) -> DataFrame:
+    """The newest `limit` events, by a time threshold: what one training process can hold."""
+    count = events.count()
+    if count <= limit:
+        return events
+    since = splits.quantile_time(events, 1 - limit / count) or 0
+    return events.where(F.unix_micros("event_time") > since)
+
+
+def _write(events: DataFrame, users: DataFrame, work: Path) -> None:
+    columns = ["user_id", "item_id", "event_type", "event_time", "value", "role"]
+    ordered = events.select(*columns, "event_id").orderBy("user_id", "event_time", "event_id").select(*columns)
+    ordered.write.mode("overwrite").parquet(str(work / "events"))
+    known = users.join(events.select("user_id").distinct(), "user_id", "left_semi")
+    known.select("user_id", "categories", "numbers").write.mode("overwrite").parquet(str(work / "users"))
+
+
+def _read(folder: Path) -> pa.Table:
+    """The Parquet files that Spark wrote, in their order, which is the order of a global sort."""
+    return pa.concat_tables([pq.read_table(f) for f in sorted(folder.glob("part-*.parquet"))]).combine_chunks()
+
+
+def _sequences(work: Path, item_ids: pa.Array, statistics: FeatureStatistics) -> Sequences:
+    table = _read(work / "events")
+    users = table["user_id"].combine_chunks()
+    starts = np.concatenate([[0], np.flatnonzero(np.asarray(pc.not_equal(users[1:], users[:-1]))) + 1])
+    types = pa.array(statistics.event_types, pa.string())
+    return Sequences(
+        offsets=np.concatenate([starts, [len(users)]]).astype(np.int64),
+        items=_positions(table["item_id"], item_ids),
+        types=_positions(table["event_type"], types),
+        times=np.asarray(table["event_time"].cast(pa.timestamp("us")).cast(pa.int64())),
+        values=statistics.scale_values(table["value"].combine_chunks()),
+        roles=np.asarray(table["role"], dtype=np.int8),
+        users=_user_features(work, users.take(pa.array(starts)), statistics),
+    )
+
+
+def _user_features(work: Path, user_ids: pa.Array, statistics: FeatureStatistics) -> UserFeatures:
+    described = _read(work / "users")
+    place = pc.index_in(user_ids, value_set=described["user_id"].combine_chunks())
+    return transform_users(described.select(["categories", "numbers"]).take(place), statistics)
+
+
+def _positions(values: pa.ChunkedArray, ids: pa.Array) -> np.ndarray:
+    found = pc.index_in(values.combine_chunks().cast(ids.type), value_set=ids)
+    return (np.asarray(pc.fill_null(found, -1)) + 1).astype(np.int32)
+
+
+def _launcher(settings: Settings, update: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], Any]:
+    training = settings.training
+
+    def train(spec: dict[str, Any]) -> Any:
+        """One encoder, trained through Spark; what the processes write to progress.jsonl is shown as it comes."""
+        done = threading.Event()
+        path = Path(spec["output"]) / "progress.jsonl"
+        watcher = threading.Thread(target=_follow, args=(path, update, done), daemon=True)
+        watcher.start()
+        # Spinning at OpenMP's barriers makes two threads slower than one on a machine that does anything else.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        try:
+            distributor = TorchDistributor(
+                num_processes=training.processes, local_mode=training.local_mode, use_gpu=False
+            )
+            # It sets its own level when it is made.
+            logging.getLogger("TorchDistributor").setLevel(logging.WARNING)
+            return distributor.run(train_encoder, spec)
+        finally:
+            done.set()
+            watcher.join()
+
+    return train
+
+
+def _follow(path: Path, update: Callable[[dict[str, Any]], None], done: threading.Event) -> None:
+    position = path.stat().st_size if path.exists() else 0
+    while True:
+        last = done.wait(TAIL_SECONDS)
+        if path.exists():
+            with path.open() as lines:
+                lines.seek(position)
+                for line in iter(lines.readline, ""):
+                    if not line.endswith("\n"):
+                        break
+                    position += len(line)
+                    update(json.loads(line))
+        if last:
+            return

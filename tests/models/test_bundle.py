@@ -1,0 +1,61 @@
+"""Model and item matrix are decoded once per process and version."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+
+import pyarrow as pa
+import world
+from nightstream.ingest.ledger import parsed
+from nightstream.models import bundle
+from nightstream.serving import catalogue, speed_layer
+from nightstream.store import registry
+
+ARRIVING = "payload string, source string, position string, arrival_time timestamp"
+
+
+def test_a_worker_decodes_a_payload_once(spark, night):
+    storage, _ = night("worker")
+    published = catalogue.load_payload(storage, registry.published(storage).model_version)
+    given = dataclasses.replace(published, catalogue_version="met by no worker yet")
+
+    def look(batches):
+        for batch in batches:
+            key = (given.model_version, given.catalogue_version)
+            kept = bundle._LOADED.get(key) is given.load()
+            yield pa.RecordBatch.from_pydict({"process": [os.getpid()] * len(batch), "kept": [kept] * len(batch)})
+
+    rows = spark.range(0, 1, 1, 1).mapInArrow(look, "process long, kept boolean")
+    # Spark lets a worker go whose rows it has not all taken.
+    seen = [row for _ in range(8) for row in rows.collect()]
+    assert not {r.process for r in seen} & {os.getpid()}
+    assert len(seen) > sum(not r.kept for r in seen) == len({r.process for r in seen}) > 0
+
+
+def test_the_driver_decodes_nothing_between_micro_batches_unless_the_version_changes(spark, night, monkeypatch):
+    storage, settings = night("driver")
+    layer = speed_layer.SpeedLayer(storage, settings, lambda: "stream one", speed_layer.utc_now)
+    layer.start()
+    decoded, decode = [], bundle.Loaded.from_payload
+
+    def counted(given):
+        decoded.append(given.catalogue_version)
+        return decode(given)
+
+    def micro_batch(number: int) -> None:
+        event = {"event_id": f"p{number}", "user_id": "u000", "item_id": "i00", "event_time": world.START + 10**6}
+        layer(
+            parsed(spark.createDataFrame([(json.dumps(event), "test", f"p{number}", None)], ARRIVING), settings), number
+        )
+
+    monkeypatch.setattr(bundle.Loaded, "from_payload", counted)
+    micro_batch(0)
+    assert decoded == []
+    layer.payload = dataclasses.replace(layer.payload, catalogue_version="another")
+    micro_batch(1)
+    micro_batch(2)
+    assert decoded == ["another"]
+    layer.settle()
+    layer.close()

@@ -1,0 +1,177 @@
+"""Settings: files on top of files, --set on top of all, and every problem in one go."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+from nightstream.errors import SettingsError
+from nightstream.runtime import settings
+
+ROOT = Path(__file__).parents[2]
+CONF = ROOT / "conf"
+BASE = CONF / "base.yaml"
+
+
+def problems(files=(BASE,), overrides=()) -> list[str]:
+    with pytest.raises(SettingsError) as raised:
+        settings.load(list(files), overrides)
+    return raised.value.problems
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in CONF.glob("*.yaml")))
+def test_every_file_in_conf_is_valid(name):
+    settings.load([CONF / name])
+
+
+def test_base_is_read_without_being_named():
+    assert settings.load([CONF / "movielens.yaml"]).window == settings.load([BASE]).window
+
+
+def test_later_files_win_and_set_wins_over_files(tmp_path):
+    (tmp_path / "base.yaml").write_text(BASE.read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "a.yaml").write_text("serving: {top_k: 5}\nwindow: {length: 7}\n", encoding="utf-8")
+    (tmp_path / "b.yaml").write_text("serving: {top_k: 6}\n", encoding="utf-8")
+    loaded = settings.load([tmp_path / "a.yaml", tmp_path / "b.yaml"], ["window.seen_limit=9"])
+    assert (loaded.serving.top_k, loaded.window.length, loaded.window.seen_limit) == (6, 7, 9)
+    assert settings.load([tmp_path / "a.yaml"], ["serving.top_k=1", "serving.top_k=2"]).serving.top_k == 2
+
+
+def test_a_mapping_is_replaced_and_not_mixed_with_another():
+    columns = settings.load([CONF / "movielens.yaml"]).sources.events.columns
+    assert columns == {"user_id": "user_id", "item_id": "item_id", "event_time": "timestamp", "value": "rating"}
+
+
+def test_all_problems_come_at_once(tmp_path):
+    (tmp_path / "base.yaml").write_text(BASE.read_text(encoding="utf-8"), encoding="utf-8")
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(
+        "window: {length: 0, lenght: 3}\nserving: {top_k: many}\nevents: {default_type: buy}\nsurplus: 1\n",
+        encoding="utf-8",
+    )
+    found = problems([wrong])
+    for name in ("window.length", "window.lenght", "serving.top_k", "default_type", "surplus"):
+        assert any(name in p for p in found), name
+    assert len(found) == 5
+
+
+def test_unreadable_files_and_overrides_come_at_once(tmp_path):
+    (tmp_path / "base.yaml").write_text("- a list\n", encoding="utf-8")
+    (tmp_path / "broken.yaml").write_text("a: [1,\n", encoding="utf-8")
+    found = problems([tmp_path / "broken.yaml", tmp_path / "missing.yaml"], ["nonsense", "a.b={"])
+    assert len(found) == 5
+    assert re.search(r"broken\.yaml is not valid YAML \(line \d+\)", "\n".join(found))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "window.length=0",
+        "window.length=1001",
+        "serving.top_k=0",
+        "serving.top_k=1.5",
+        "training.validation_fraction=0.5",
+        "training.processes=0",
+        "stream.trigger_seconds=-1",
+        "stream.format=carrier-pigeon",
+        "stream.metrics_seconds=0",
+        "stream.metrics_seconds=3601",
+        "spark.driver_memory=much",
+        "gate.margin=1.1",
+        "gate.margin=-0.1",
+        "gate.min_events=0",
+        "gate.sample_events=10",
+        "storage.kind=cloud",
+        "evaluation.delays_seconds=[]",
+        "evaluation.delays_seconds=[-1]",
+        "events.min_value=1e10",
+        "events.retraction_type=view",
+        "sources.events.columns={user_id: u}",
+        "sources.events.columns={user_id: u, item_id: i, event_time: t, mood: m}",
+    ],
+)
+def test_ranges(override):
+    key = override.partition("=")[0]
+    found = problems(overrides=[override])
+    assert len(found) == 1
+    assert key.rsplit(".", 1)[0] in found[0]
+
+
+def test_settings_cannot_be_changed_by_a_step():
+    loaded = settings.load([BASE])
+    with pytest.raises(ValueError, match="frozen"):
+        loaded.serving.top_k = 3
+
+
+def test_secrets_come_from_the_environment_and_stay_out_of_the_settings(monkeypatch):
+    options = "stream.options={user: me, password: '${env:NIGHTSTREAM_SECRET}', key: '${env:NIGHTSTREAM_OTHER}'}"
+    loaded = settings.load([BASE], [options])
+    with pytest.raises(SettingsError, match=r"NIGHTSTREAM_OTHER.*NIGHTSTREAM_SECRET"):
+        loaded.stream.resolved_options()
+    monkeypatch.setenv("NIGHTSTREAM_SECRET", "hush")
+    monkeypatch.setenv("NIGHTSTREAM_OTHER", "pst")
+    assert loaded.stream.resolved_options() == {"user": "me", "password": "hush", "key": "pst"}
+    assert "hush" not in loaded.model_dump_json()
+
+
+JAAS = "org.apache.kafka.common.security.plain.PlainLoginModule required username=me password={};"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "{kafka.ssl.key.password: hush}",
+        "{kafka.ssl.keystore.password: 'pre-${env:PART}'}",
+        "{kafka.ssl.keystore.key: hush}",
+        "{kafka.sasl.jaas.config: '" + JAAS.format('"hush"') + "'}",
+        "{kafka.sasl.jaas.config: '" + JAAS.format("hush") + "'}",
+        "{kafka.sasl.jaas.config: 'x required clientSecret = \"hush\";'}",
+        "{kafka.ssl.key.password: 1234}",
+        "hush",
+        "{kafka.ssl.key.password: [hush}",
+    ],
+)
+def test_a_secret_in_plain_text_is_refused_and_not_repeated(options):
+    (problem,) = problems(overrides=[f"stream.options={options}"])
+    assert "stream.options" in problem
+    assert not re.search("hush|1234|pre-", problem)
+
+
+def test_references_and_harmless_options_pass():
+    options = {
+        "kafka.ssl.key.password": "${env:KEY}",
+        "kafka.ssl.truststore.password": " ${secret:scope/a-key} ",
+        "kafka.sasl.jaas.config": JAAS.format('"${env:KEY}"'),
+        "kafka.sasl.oauthbearer.token.endpoint.url": "https://where",
+        "kafka.ssl.truststore.location": "/password/file",
+    }
+    assert settings.load([BASE], [f"stream.options={json.dumps(options)}"]).stream.options == options
+
+
+def test_every_setting_is_in_base_with_a_comment_on_its_range():
+    """Each number in base.yaml says in its line what it may be."""
+    bare = [
+        line.strip()
+        for line in BASE.read_text(encoding="utf-8").splitlines()
+        if re.match(r"\s+\w+: -?[\d.]", line) and "#" not in line
+    ]
+    assert bare == []
+    assert settings.load([BASE])
+
+
+def test_every_setting_is_read_somewhere():
+    """A key that nothing reads is a promise that nobody keeps."""
+    read: set[str] = set()
+    files = [p for folder in ("lib", "jobs", "streaming") for p in (ROOT / folder).rglob("*.py")]
+    for path in files:
+        if path.name == "settings.py":
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    # stream.options is read through the method that fills in the secrets.
+    read |= {"options"} if "resolved_options" in read else set()
+    unread = [key for key in settings.leaf_keys() if key.rsplit(".", 1)[1] not in read]
+    assert unread == []

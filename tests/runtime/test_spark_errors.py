@@ -1,0 +1,31 @@
+"""What a person reads when Spark fails."""
+
+from __future__ import annotations
+
+import pytest
+from nightstream.runtime.spark_errors import sentence_for
+from py4j.protocol import Py4JNetworkError
+
+
+class Unreadable(Exception):
+    """As py4j's errors: their text is asked from the JVM."""
+
+    def __str__(self) -> str:
+        raise ConnectionRefusedError(111, "Connection refused")
+
+
+@pytest.mark.parametrize("met", [Unreadable(), Py4JNetworkError("Answer from Java side is empty")])
+def test_a_jvm_that_is_gone_is_told_in_one_sentence(met):
+    error = RuntimeError("the stream ended")
+    error.__cause__ = met
+    assert "Java process ended" in sentence_for(error)
+
+
+def test_what_a_micro_batch_raised_is_found_before_the_end_of_the_jvm():
+    error = Unreadable()
+    error.__cause__ = RuntimeError("nightstream.errors.TableError: table items is missing\n at ...")
+    assert sentence_for(error) == "table items is missing"
+
+
+def test_an_error_of_ours_has_no_sentence():
+    assert sentence_for(ConnectionRefusedError(111, "Connection refused")) is None

@@ -1,0 +1,62 @@
+"""One writer at a time, by a lease that a dead process cannot keep."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from nightstream.errors import WriterBusyError
+from nightstream.store import lease
+
+NOW = datetime(2024, 5, 1, tzinfo=UTC)
+
+
+def test_a_lease_is_refused_while_held_and_taken_over_when_it_ran_out(storage):
+    assert lease.take(storage, "a", "stream", NOW, 60, 1) is None
+    assert lease.take(storage, "b", "nightly", NOW + timedelta(seconds=30), 60, 1) == "stream (a)"
+    assert lease.take(storage, "a", "stream", NOW + timedelta(seconds=40), 60, 1) is None
+    assert lease.take(storage, "b", "nightly", NOW + timedelta(seconds=90), 60, 1) == "stream (a)"
+    assert lease.take(storage, "b", "nightly", NOW + timedelta(seconds=101), 60, 1) is None
+    assert lease.take(storage, "a", "stream", NOW + timedelta(seconds=102), 60, 1) == "nightly (b)"
+
+
+def test_it_is_given_back_at_the_end_and_busy_in_between(storage):
+    other = lease.Lease(storage, "b", "nightly", 60, 3, wait=False)
+    with (
+        lease.Lease(storage, "a", "stream", 60, 3, wait=False),
+        pytest.raises(WriterBusyError, match=r"written by stream \(a\)"),
+    ):
+        other.__enter__()
+    with other:
+        pass
+
+
+def test_the_next_process_of_a_holder_has_it_at_once_and_the_one_before_loses_it(storage):
+    first = lease.Lease(storage, "a", "stream", 60, 3, wait=False)
+    second = lease.Lease(storage, "a", "stream", 60, 3, wait=False)
+    assert (first._take(), second._take()) == (None, None)
+    assert first._take(renew=True) == "stream (a)"
+    assert second._take(renew=True) is None
+
+
+def test_one_that_ran_out_is_not_written_under(storage):
+    with lease.Lease(storage, "a", "stream", 60, 3, wait=False) as held:
+        held.check()
+        held._until -= timedelta(seconds=61)
+        # A renewal that comes too late does not mend it.
+        assert held._take(renew=True) is None
+        with pytest.raises(WriterBusyError, match="ran out while this process stood still"):
+            held.check()
+
+
+def test_a_holder_that_lost_it_may_not_write_on(storage):
+    with lease.Lease(storage, "a", "stream", 5, 3, wait=False) as held:
+        held.check()
+        later = datetime.now(UTC) + timedelta(seconds=30)
+        assert lease.take(storage, "b", "nightly", later, 60, 3) is None
+        deadline = time.monotonic() + 20
+        while held.lost_to is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        with pytest.raises(WriterBusyError, match=r"taken over by nightly \(b\)"):
+            held.check()

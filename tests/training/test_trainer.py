@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from learning_data import plain_items, ring_sequences
+from nightstream.errors import ArtifactError
+from nightstream.models.arrays import RANK, TRAIN, VALID, ItemFeatures
+from nightstream.models.encoders.base import KINDS
+from nightstream.training import trainer
+from nightstream.training.trainer import Trainer, save_item_features, save_sequences, train_encoder
+from safetensors.torch import load_file
+
+SMALL = {"width": 16, "window": 6, "positions": 128, "epochs": 12, "learning_rate": 0.02, "dropout": 0.1}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def spec_in(folder: Path, encoder: str = "gru", **changes: Any) -> dict[str, Any]:
+    if not (folder / "s").exists():
+        save_sequences(folder / "s", ring_sequences())
+        save_item_features(folder / "i", plain_items(30))
+    spec = {
+        "encoder": encoder, "name": encoder, "sequences": str(folder / "s"), "items": str(folder / "i"), "seed": 1,
+        "output": str(folder / "out"), "event_types": 1, "roles": [TRAIN], "threads": 1, "options": dict(SMALL),
+    }  # fmt: skip
+    return spec | changes
+
+
+def weights(folder: Path, name: str = "out") -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = load_file(str(folder / name / "weights.safetensors"))
+    return tensors
+
+
+@pytest.mark.parametrize("encoder", KINDS)
+def test_every_encoder_learns_the_ring(encoder: str, tmp_path: Path) -> None:
+    train_encoder(spec_in(tmp_path, encoder))
+    history = json.loads((tmp_path / "out" / "history.json").read_text())
+    # The step of 7 is the rule of all histories; chance is about 0.15.
+    assert max(h["ndcg@10"] for h in history["history"]) > 0.9
+
+
+def test_the_sampled_softmax_learns_the_ring_too(tmp_path: Path) -> None:
+    train_encoder(spec_in(tmp_path, "cnn", options=SMALL | {"negatives": 15}))
+    history = json.loads((tmp_path / "out" / "history.json").read_text())
+    assert max(h["ndcg@10"] for h in history["history"]) > 0.8
+
+
+def test_progress_lines_have_what_a_bar_needs(tmp_path: Path) -> None:
+    train_encoder(spec_in(tmp_path, options=SMALL | {"epochs": 2}))
+    lines = [json.loads(line) for line in (tmp_path / "out" / "progress.jsonl").read_text().splitlines()]
+    expected = {"encoder", "epoch", "epochs", "whole", "step", "steps", "loss", "ndcg@10"}
+    assert all(set(line) == expected for line in lines)
+    assert (lines[-1]["epoch"], lines[-1]["step"]) == (2, lines[-1]["steps"])
+    assert lines[-1]["ndcg@10"] is not None
+
+
+def test_killed_after_an_epoch_and_restarted_it_ends_in_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_encoder(spec_in(tmp_path, options=SMALL | {"epochs": 4}))
+    undisturbed = weights(tmp_path)
+    epoch = Trainer._epoch
+
+    def dying(self: Trainer, number: int) -> None:
+        if number == 2:
+            raise KeyboardInterrupt
+        epoch(self, number)
+
+    again = spec_in(tmp_path, options=SMALL | {"epochs": 4}, output=str(tmp_path / "again"))
+    monkeypatch.setattr(Trainer, "_epoch", dying)
+    with pytest.raises(KeyboardInterrupt):
+        train_encoder(again)
+    assert not (tmp_path / "again" / "weights.safetensors").exists()
+    done: list[int] = []
+    monkeypatch.setattr(Trainer, "_epoch", lambda self, number: (done.append(number), epoch(self, number))[1])
+    train_encoder(again)
+    assert done == [2, 3]
+    for name, value in weights(tmp_path, "again").items():
+        torch.testing.assert_close(value, undisturbed[name], rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_another_spec_is_not_continued(tmp_path: Path) -> None:
+    train_encoder(spec_in(tmp_path, options=SMALL | {"epochs": 2}))
+    train_encoder(spec_in(tmp_path, options=SMALL | {"epochs": 1}, seed=2))
+    history = json.loads((tmp_path / "out" / "history.json").read_text())
+    assert len(history["history"]) == 1
+
+
+def test_the_seed_decides(tmp_path: Path) -> None:
+    short = SMALL | {"epochs": 1}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train_encoder(spec_in(tmp_path, options=short, output=str(tmp_path / name), seed=seed))
+    a, b, c = (weights(tmp_path, n)["items.ids.weight"] for n in "abc")
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_early_stopping_hands_out_the_best_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([0.1, 0.5, 0.4, 0.3, 0.2, 0.1])
+    monkeypatch.setattr(trainer, "_validate", lambda *_: next(scores))
+    train_encoder(spec_in(tmp_path, options=SMALL | {"patience": 2}))
+    history = json.loads((tmp_path / "out" / "history.json").read_text())
+    assert (history["epoch"], len(history["history"])) == (2, 4)
+    assert (tmp_path / "out" / "best.2.safetensors").read_bytes() == (
+        tmp_path / "out" / "weights.safetensors"
+    ).read_bytes()
+
+
+def test_targets_of_other_roles_teach_nothing(tmp_path: Path) -> None:
+    # Only the last step of each history, which has another role, leads to row 30.
+    sequences = ring_sequences(items=29)
+    sequences.items[sequences.roles == VALID] = 30
+    save_sequences(tmp_path / "s", sequences)
+    save_item_features(tmp_path / "i", plain_items(30))
+    train_encoder(spec_in(tmp_path, options=SMALL | {"epochs": 5}))
+    held_back = json.loads((tmp_path / "out" / "history.json").read_text())["history"][-1]["ndcg@10"]
+    train_encoder(
+        spec_in(tmp_path, options=SMALL | {"epochs": 5}, roles=[TRAIN, RANK, VALID], output=str(tmp_path / "b"))
+    )
+    told = json.loads((tmp_path / "b" / "history.json").read_text())["history"][-1]["ndcg@10"]
+    assert held_back < 0.5 < told
+
+
+def test_content_alone_finds_the_place_of_a_new_item(tmp_path: Path) -> None:
+    # Each item's category is its number; half of all trained steps see the content only.
+    sequences = ring_sequences()
+    features = ItemFeatures(
+        np.zeros((30, 0), np.float32),
+        (np.arange(2, 32, dtype=np.int32)[:, None],),
+        (32,),
+        np.zeros((30, 0), np.int32),
+        2,
+    )
+    save_sequences(tmp_path / "s", sequences)
+    save_item_features(tmp_path / "i", features)
+    train_encoder(spec_in(tmp_path, "cnn", options=SMALL | {"id_dropout": 0.5}))
+    trainer = Trainer(spec_in(tmp_path, "cnn", options=SMALL | {"id_dropout": 0.5}))
+    trainer.model.load_state_dict(weights(tmp_path))
+    trainer.average.load_state_dict(weights(tmp_path))
+    without = trainer.item_batch(features, np.zeros(30, np.int64))
+    assert trainer._validate(trainer.average, without, sequences, trainer.valid) > 0.8
+
+
+def _worker(rank: int, spec: dict[str, Any], port: int) -> None:
+    import os
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    train_encoder(spec)
+
+
+def test_two_processes_learn_the_ring_together(tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(_worker, (spec_in(tmp_path, "cnn"), port), nprocs=2)
+    history = json.loads((tmp_path / "out" / "history.json").read_text())
+    assert max(h["ndcg@10"] for h in history["history"]) > 0.9
+
+
+def test_an_unreadable_input_is_named(tmp_path: Path) -> None:
+    spec = spec_in(tmp_path)
+    (tmp_path / "s").write_bytes(b"nonsense")
+    with pytest.raises(ArtifactError, match="safetensors"):
+        train_encoder(spec)
