@@ -62,8 +62,10 @@ $(ML100K)/ml-100k.inter: requirements-data.lock | .venv/.installed
 	    ml-100k.item ml-100k.user ml-100k.inter
 	@rm -rf data/wheel
 
-lint: venv ## ruff: rules and import order
+lint: venv ## ruff: rules, format and import order; import-linter: which package may import which
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet lib jobs streaming tests
+	@$(BIN)/lint-imports --no-logo
 
 types: venv ## mypy
 	@$(BIN)/mypy
@@ -97,5 +99,5 @@ lock: venv ## renew requirements.lock and requirements-data.lock after a change 
 	    --no-header --no-annotate --no-emit-index-url --output-file requirements-data.lock --quiet
 
 clean: ## delete what runs leave behind (out, caches, Spark's droppings); .venv and data stay
-	@rm -rf out .pytest_cache .ruff_cache .mypy_cache .hypothesis spark-warehouse metastore_db derby.log
+	@rm -rf out .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis spark-warehouse metastore_db derby.log
 	@find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

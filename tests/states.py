@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from nightstream.runtime.settings import Settings
-from nightstream.serving import catalogue, speed_layer
+from nightstream.serving import batch_layer, catalogue
 from nightstream.store import registry
 from nightstream.store.storage import Storage
 from nightstream.store.tables import RECOMMENDATIONS, REFRESHES, USER_VECTORS
@@ -75,5 +75,5 @@ def recomputed(storage: Storage, settings: Settings, folder: Path) -> tuple[dict
     shutil.copytree(settings.storage.root, folder / "tables")
     copy = Storage(storage.spark, settings.storage.model_copy(update={"root": str(folder / "tables")}))
     payload = catalogue.load_payload(copy, registry.published(copy).model_version)
-    speed_layer.apply_all(copy, settings, payload, "recomputation", 0, NOW)
+    batch_layer.apply_all(copy, settings, payload, "recomputation", 0, NOW)
     return state_of(copy)

@@ -142,11 +142,3 @@ def test_no_pickle(folder):
         bad = {i for i in imports(path) if i.split(".")[0] in {"pickle", "cloudpickle", "dill", "joblib", "marshal"}}
         assert not bad, f"{path.name} imports {bad}"
         assert not attributes(path) & {("torch", "load"), ("torch", "save"), ("np", "load")}, path
-
-
-@pytest.mark.parametrize("folder", ["lib", "jobs", "streaming", "notebooks", "tests"])
-def test_files_stay_short(folder):
-    long = {
-        path.name: n for path in files_of(folder) if (n := len(path.read_text(encoding="utf-8").splitlines())) > 400
-    }
-    assert not long

@@ -14,13 +14,12 @@ import recbole_client
 from als import SparkALS
 from baselines import Baseline, Fusion, Histories, ItemKNN, Popular, best_rows, popularity, tuned
 from measuring import VALID_LIMIT, BaselineLister, Log, log_of, records
-from nightstream.evaluation import offline
+from nightstream.evaluation import offline, protocol
 from nightstream.models.arrays import RANK, TRAIN, VALID
 from nightstream.models.bundle import FEATURES_FILE
 from nightstream.models.model import Model
 from nightstream.runtime import console
 from nightstream.runtime.settings import Settings
-from nightstream.steps import evaluate
 from nightstream.training import batching
 from pyspark.sql import DataFrame, SparkSession
 from sasrec import SASRec
@@ -47,7 +46,7 @@ class Bench:
     spark: SparkSession
     settings: Settings
     data: str
-    protocol: evaluate.Protocol
+    protocol: protocol.Protocol
     delays_s: Sequence[float]
     predictions: Path | None = None
     recbole: str | None = None
@@ -55,7 +54,7 @@ class Bench:
     by_users: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.parts = evaluate.split(self.spark, self.settings, self.protocol)
+        self.parts = protocol.split(self.spark, self.settings, self.protocol)
         self.catalogue_size = self.parts.items.count()
         self._log: Log | None = None
         self._options: dict[str, dict[str, Any]] = {}
@@ -87,7 +86,7 @@ class Bench:
 
         types = self.settings.events.window_types
         lister = BaselineLister(self.spark, best, log.item_ids, self.parts.users, types)
-        self._judge(evaluate.judged(self.parts, lister, self.delays_s), name, False, seed, start)
+        self._judge(protocol.judged(self.parts, lister, self.delays_s), name, False, seed, start)
 
     def fitted(self, name: str, seed: int) -> Baseline:
         """The baseline, its options tuned with the first seed, fitted to the whole history with this one."""
@@ -121,7 +120,7 @@ class Bench:
             threads = training.threads * training.parallel_encoders
             training = training.model_copy(update={"encoders": (name,), "threads": threads})
         own = self.settings.model_copy(update={"training": training})
-        fitted = evaluate.fit(own, self.parts)
+        fitted = protocol.fit(own, self.parts)
         files = fitted.files
         trained = time.monotonic()
         console.say(f"{name} trained in {trained - start:.0f} s: {told(fitted.metrics)}")
@@ -135,7 +134,7 @@ class Bench:
             self._judge(self._served(own, bare), name, False, seed, time.monotonic() - (trained - start))
 
     def _served(self, own: Settings, files: dict[str, bytes]) -> DataFrame:
-        return evaluate.judged(self.parts, evaluate.served(own, self.parts, files), self.delays_s)
+        return protocol.judged(self.parts, protocol.served(own, self.parts, files), self.delays_s)
 
     def _judge(self, rows: DataFrame, name: str, ranker: bool, seed: int, start: float) -> None:
         rows = rows.persist()
@@ -143,7 +142,7 @@ class Bench:
         elapsed = time.monotonic() - start
         if self.predictions is not None:
             file = f"{name}{'-ranker' if ranker and name != 'default' else ''}-{seed}.parquet"
-            evaluate.write_predictions(offline.predictions(rows), str(self.predictions / file))
+            protocol.write_predictions(offline.predictions(rows), str(self.predictions / file))
         rows.unpersist()
         self.results += records(found, self.data, self.protocol, name, ranker, seed, elapsed)
         self.by_users += [{**row, "model": name, "ranker": ranker, "seed": seed} for row in found]

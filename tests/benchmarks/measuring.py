@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from baselines import Histories
+from nightstream.evaluation.protocol import Split
 from nightstream.models.arrays import Sequences, UserFeatures
 from nightstream.models.arrow import combined, rows_of
 from nightstream.serving.user_state import FoldRules, fold
-from nightstream.steps.evaluate import Split
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 

@@ -18,8 +18,8 @@ from bench import NAMES
 from measuring import BaselineLister, entries, log_of, records
 from nightstream.errors import NightstreamError
 from nightstream.evaluation import offline
+from nightstream.evaluation.protocol import Split, judged
 from nightstream.models.arrays import RANK, TRAIN, VALID
-from nightstream.steps.evaluate import Split, judged
 from nightstream.store.tables import EVENTS
 from nightstream.training import splits
 

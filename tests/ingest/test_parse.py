@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from nightstream.ingest import parse as E
+from nightstream.ingest import history, parse, resolve
 from nightstream.runtime.settings import EventSettings
 from nightstream.store.tables import EVENTS, RAW_EVENTS
 from pyspark.sql import functions as F
@@ -37,7 +37,7 @@ def payloads(spark, lines, position="file"):
 
 def parsed(spark, lines, columns=COLUMNS, time_unit="auto", rules=RULES):
     """The parsed rows in the order of the lines (which must differ)."""
-    rows = E.raw_rows(E.parse(payloads(spark, lines), columns, time_unit, rules, "*"))
+    rows = parse.raw_rows(parse.parse(payloads(spark, lines), columns, time_unit, rules, "*"))
     rows = rows.withColumn("micros", F.unix_micros("event_time")).drop("event_time", "arrival_time")
     found = {r.payload: r for r in rows.collect()}
     assert len(found) == len(lines)
@@ -216,8 +216,8 @@ def test_content_hash_depends_on_the_content_alone(spark):
 
 def test_raw_ids_are_unique_and_come_back(spark):
     lines = ["a", "a", "b", "a"]
-    once = {(r.payload, r.position): r.raw_id for r in E.raw_rows(payloads(spark, lines)).collect()}
-    again = {(r.payload, r.position): r.raw_id for r in E.raw_rows(payloads(spark, lines[::-1])).collect()}
+    once = {(r.payload, r.position): r.raw_id for r in parse.raw_rows(payloads(spark, lines)).collect()}
+    again = {(r.payload, r.position): r.raw_id for r in parse.raw_rows(payloads(spark, lines[::-1])).collect()}
     assert once == again
     assert len(set(once.values())) == 4
     (source_and_position,) = {p for (line, p) in once if line == "b"}
@@ -229,14 +229,16 @@ def test_broken_utf8_is_rejected_kept_readable_and_kept_as_it_came(spark):
     payload = b'{"user_id":"u","item_id":"i","event_time":1,"note":"%s"}'
     lines = [payload % b"\xff", payload % b"\xfe", payload % "ä".encode()]
     broken = spark.createDataFrame([(x, "test", "file", ARRIVAL) for x in map(bytearray, lines)], BINARY_PAYLOADS)
-    once = E.parse(broken.withColumn("payload", F.col("payload").cast("string")), COLUMNS, "auto", RULES, "*")
-    rows = sorted(E.raw_rows(once).collect(), key=lambda r: bytes(r.payload_bytes or b""), reverse=True)
+    once = parse.parse(broken.withColumn("payload", F.col("payload").cast("string")), COLUMNS, "auto", RULES, "*")
+    rows = sorted(parse.raw_rows(once).collect(), key=lambda r: bytes(r.payload_bytes or b""), reverse=True)
     assert [r.reason for r in rows] == ["not_utf8", "not_utf8", None]
     assert [r.payload_bytes for r in rows] == [*lines[:2], None]
     assert [r.payload.count("\ufffd") for r in rows] == [1, 1, 0]
     assert len({r.position for r in rows}) == 3
     # Read again from raw_events it is still no event.
-    again = E.parse(once.select(*[f for f in RAW_EVENTS.schema.names if f != "raw_id"]), COLUMNS, "auto", RULES, "*")
+    again = parse.parse(
+        once.select(*[f for f in RAW_EVENTS.schema.names if f != "raw_id"]), COLUMNS, "auto", RULES, "*"
+    )
     assert sorted(str(r.reason) for r in again.collect()) == ["None", "not_utf8", "not_utf8"]
 
 
@@ -256,11 +258,13 @@ def test_broken_utf8_is_rejected_kept_readable_and_kept_as_it_came(spark):
     )
 )
 def test_no_payload_breaks_the_job_and_each_gets_a_verdict(spark, lines):
-    rows = E.raw_rows(E.parse(payloads(spark, lines), COLUMNS, "auto", RULES, "*")).drop("event_time", "arrival_time")
+    rows = parse.raw_rows(parse.parse(payloads(spark, lines), COLUMNS, "auto", RULES, "*")).drop(
+        "event_time", "arrival_time"
+    )
     found = rows.collect()
     assert len(found) == len(lines)
     for row in found:
-        assert (row.reason in E.REASONS and row.event_id is None) or (
+        assert (row.reason in parse.REASONS and row.event_id is None) or (
             row.field is None and row.user_id and row.event_id
         )
 
@@ -280,11 +284,11 @@ def expected_outcomes(batch, stored):
         best = max(new, key=lambda r: (r[4], r[7], r[8]), default=None)
         kept = best if best and (old is None or (best[4], best[7]) > (old[4], old[7])) else old
         if old is not None and row[8] == old[8]:
-            outcome = E.STORED
+            outcome = resolve.STORED
         elif row is kept:
-            outcome = E.NEW if old is None else E.SUPERSEDING
+            outcome = resolve.NEW if old is None else resolve.SUPERSEDING
         else:
-            outcome = E.DUPLICATE
+            outcome = resolve.DUPLICATE
         result[row[8]] = (outcome, kept[8])
     return result
 
@@ -302,11 +306,11 @@ def test_resolve_follows_the_rule_in_every_small_case(spark):
                 batch.append(event(name, *version, f"{name}-r{place}"))
         if old is not None and number % 2:
             batch.append(event(name, *old, f"{name}-r1"))
-    rows = E.resolve(spark.createDataFrame(batch, EVENTS.schema), spark.createDataFrame(stored, EVENTS.schema))
+    rows = resolve.resolve(spark.createDataFrame(batch, EVENTS.schema), spark.createDataFrame(stored, EVENTS.schema))
     found = {r.raw_id: (r.outcome, r.kept_raw_id) for r in rows.select("raw_id", "outcome", "kept_raw_id").collect()}
     expected = expected_outcomes(batch, stored)
     assert found == expected
-    assert {o for o, _ in expected.values()} == {E.NEW, E.SUPERSEDING, E.STORED, E.DUPLICATE}
+    assert {o for o, _ in expected.values()} == {resolve.NEW, resolve.SUPERSEDING, resolve.STORED, resolve.DUPLICATE}
 
 
 def test_a_retraction_is_a_tombstone_before_and_after(spark):
@@ -314,8 +318,10 @@ def test_a_retraction_is_a_tombstone_before_and_after(spark):
     retraction = dict(zip(names, event("r", 1, "c", "raw"), strict=True)) | {"event_type": "retract", "retracts": "e1"}
     rows = [event("e1", 5, "a", "1"), event("e2", 5, "a", "2"), tuple(retraction[n] for n in names)]
     events = spark.createDataFrame(rows, EVENTS.schema)
-    assert [r.event_id for r in E.live(events, "retract").collect()] == ["e2"]
-    known = {r.event_id: r for r in E.known(events, events.select(F.lit("e1").alias("event_id")), "retract").collect()}
+    assert [r.event_id for r in history.live(events, "retract").collect()] == ["e2"]
+    known = {
+        r.event_id: r for r in resolve.known(events, events.select(F.lit("e1").alias("event_id")), "retract").collect()
+    }
     assert set(known) == {"e1"}
     assert known["e1"].retracted
     assert known["e1"].old.raw_id == "1"

@@ -10,6 +10,7 @@ import pyarrow as pa
 import world
 from nightstream.ingest.ledger import parsed
 from nightstream.models import bundle
+from nightstream.runtime import clock
 from nightstream.serving import catalogue, speed_layer
 from nightstream.store import registry
 
@@ -36,7 +37,7 @@ def test_a_worker_decodes_a_payload_once(spark, night):
 
 def test_the_driver_decodes_nothing_between_micro_batches_unless_the_version_changes(spark, night, monkeypatch):
     storage, settings = night("driver")
-    layer = speed_layer.SpeedLayer(storage, settings, lambda: "stream one", speed_layer.utc_now)
+    layer = speed_layer.SpeedLayer(storage, settings, lambda: "stream one", clock.utc_now)
     layer.start()
     decoded, decode = [], bundle.Loaded.from_payload
 

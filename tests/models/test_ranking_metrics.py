@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nightstream.models import ranking_metrics
+from nightstream.monitoring import measurements
 
 ranks_strategy = st.lists(st.integers(0, 20), max_size=30)
 
@@ -51,6 +52,6 @@ def test_coverage_counts_distinct_items_and_no_padding() -> None:
 
 
 def test_percentile_against_sorting_by_hand():
-    assert ranking_metrics.percentile([], 50) == 0.0
-    assert ranking_metrics.percentile([3.0, 1.0, 2.0], 50) == 2.0
-    assert ranking_metrics.percentile(list(range(100)), 95) == 95
+    assert measurements.percentile([], 50) == 0.0
+    assert measurements.percentile([3.0, 1.0, 2.0], 50) == 2.0
+    assert measurements.percentile(list(range(100)), 95) == 95

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from nightstream.errors import NightstreamError, TableError
-from nightstream.ingest.parse import live
+from nightstream.ingest.history import live
 from nightstream.monitoring.freshness import freshness, make_view, summary
 from nightstream.runtime.settings import validate
 from nightstream.steps import freshness as step

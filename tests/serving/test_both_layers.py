@@ -11,7 +11,8 @@ import pytest
 import world
 from nightstream.ingest import sources
 from nightstream.ingest.ledger import check, parsed, record
-from nightstream.serving import catalogue, commits, speed_layer
+from nightstream.runtime import clock
+from nightstream.serving import batch_layer, catalogue, commits, speed_layer
 from nightstream.store import registry
 from nightstream.store.storage import Storage
 from nightstream.store.tables import (
@@ -83,7 +84,7 @@ def feed(layer, payloads, number) -> None:
 
 
 def started(storage, settings, name="stream one"):
-    layer = speed_layer.SpeedLayer(storage, settings, lambda: name, speed_layer.utc_now)
+    layer = speed_layer.SpeedLayer(storage, settings, lambda: name, clock.utc_now)
     layer.start()
     return layer
 
@@ -95,7 +96,7 @@ def one_batch(spark, night, tmp_path):
     storage, settings = night("batch")
     record(storage, parsed(payloads(spark, tmp_path, live_events(), "all"), settings), settings).release()
     version = registry.published(storage).model_version
-    speed_layer.apply_all(storage, settings, catalogue.load_payload(storage, version), "another night", 0, NOW)
+    batch_layer.apply_all(storage, settings, catalogue.load_payload(storage, version), "another night", 0, NOW)
     _ONE_BATCH.append(state_of(storage))
     return _ONE_BATCH[0]
 
@@ -180,7 +181,7 @@ def test_a_consumed_item_stays_away_when_it_no_longer_fits_into_the_state(spark,
         listed = state_of(storage)[1]["u000"]
         assert len(listed) == settings.serving.top_k
         assert not consumed & {row["item_id"] for row in listed}
-    speed_layer.apply_all(storage, settings, layer.payload, "another night", 0, NOW)
+    batch_layer.apply_all(storage, settings, layer.payload, "another night", 0, NOW)
     assert state_of(storage)[1]["u000"] == listed
 
 
@@ -200,7 +201,7 @@ def test_an_item_that_was_taken_back_after_it_overflowed_can_be_recommended_agai
         overflowed.append({"i20", "i21"} & {r.item_id for r in rows})
     assert overflowed == [{"i20"}, set(), {"i21"}]
     listed = state_of(storage)[1]["u000"]
-    speed_layer.apply_all(storage, settings, layer.payload, "another night", 0, NOW)
+    batch_layer.apply_all(storage, settings, layer.payload, "another night", 0, NOW)
     assert state_of(storage)[1]["u000"] == listed
 
 
@@ -285,7 +286,7 @@ def test_what_was_half_booked_comes_again_under_another_checkpoint_and_counts_on
         patched.setattr(Storage, "append", append)
         with pytest.raises(RuntimeError, match="killed"):
             feed(layer, payloads(spark, tmp_path, rows[30:], "second"), 0)
-    layer = speed_layer.SpeedLayer(storage, settings, lambda: "stream two", speed_layer.utc_now)
+    layer = speed_layer.SpeedLayer(storage, settings, lambda: "stream two", clock.utc_now)
     layer.start()
     for number, (part, name) in enumerate([(rows[:30], "first"), (rows[30:], "second")]):
         feed(layer, payloads(spark, tmp_path, part, name), number)
@@ -331,7 +332,7 @@ def test_a_newly_published_model_is_taken_over_by_slices_and_rolled_back(spark, 
     registry.record(storage, "other", registry.TRAINED, NOW, {}, {}, [])
     stream = settings.stream.model_copy(update={"snapshot_seconds": 0.0, "handover_slice": 30})
     quick = settings.model_copy(update={"stream": stream})
-    layer = speed_layer.SpeedLayer(storage, quick, lambda: "stream one", speed_layer.utc_now)
+    layer = speed_layer.SpeedLayer(storage, quick, lambda: "stream one", clock.utc_now)
     # As while a stream waits for the tables.
     registry.publish(storage, "other", NOW + timedelta(days=300))
     layer.start()

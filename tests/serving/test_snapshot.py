@@ -10,6 +10,7 @@ import world
 from nightstream.errors import SourceError
 from nightstream.ingest import formats
 from nightstream.ingest.ledger import parsed
+from nightstream.runtime import clock
 from nightstream.runtime.settings import validate
 from nightstream.serving import speed_layer
 from nightstream.steps import apply
@@ -59,7 +60,7 @@ def lists(storage) -> dict[str, set[str]]:
 def test_a_new_item_is_listed_an_updated_one_encoded_anew_a_withdrawn_one_in_no_list(spark, night, tmp_path):
     storage, settings = night("items")
     settings = with_items(settings, tmp_path)
-    layer = speed_layer.SpeedLayer(storage, settings, lambda: "stream", speed_layer.utc_now)
+    layer = speed_layer.SpeedLayer(storage, settings, lambda: "stream", clock.utc_now)
     layer.start()
     before, users = vectors(storage), set(lists(storage))
     # No source at all, as while it is written anew, does not stop the events.
@@ -83,7 +84,7 @@ def test_the_stream_moves_the_holders_of_withdrawn_items_by_slices_and_the_night
     document = with_items(settings, tmp_path).model_dump(mode="json")
     document["stream"]["handover_slice"] = 10
     settings = validate(document)
-    layer = speed_layer.SpeedLayer(storage, settings, lambda: "stream", speed_layer.utc_now)
+    layer = speed_layer.SpeedLayer(storage, settings, lambda: "stream", clock.utc_now)
     layer.start()
     world.write_lines(tmp_path / "items.jsonl", changed_items())
     holding = []

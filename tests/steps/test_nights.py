@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 import pytest
 import world
+from nightstream.runtime import clock
 from nightstream.runtime.settings import validate
 from nightstream.serving import speed_layer
 from nightstream.steps import apply, ingest, train
@@ -51,7 +52,7 @@ def test_a_stream_that_starts_before_a_night_has_applied_folds_in_what_that_reco
     document["sources"]["events"]["path"] = str(source)
     own = validate(document)
     assert ingest.run(spark, own)["added"]["events"] == 5
-    layer = speed_layer.SpeedLayer(storage, own, lambda: "a stream", speed_layer.utc_now)
+    layer = speed_layer.SpeedLayer(storage, own, lambda: "a stream", clock.utc_now)
     layer.start()
     layer.close()
     windows = {r.user_id: (r.revision, [e.event_id for e in r.window]) for r in storage.read(USER_VECTORS).collect()}

@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from learning_data import plain_items, ring_sequences
 from nightstream.errors import ArtifactError
 from nightstream.models.arrays import RANK, TRAIN, VALID, ItemFeatures
-from nightstream.models.encoders.base import KINDS
+from nightstream.models.encoders.factory import ENCODERS
 from nightstream.training import trainer
 from nightstream.training.trainer import Trainer, save_item_features, save_sequences, train_encoder
 from safetensors.torch import load_file
@@ -40,7 +40,7 @@ def weights(folder: Path, name: str = "out") -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("encoder", KINDS)
+@pytest.mark.parametrize("encoder", ENCODERS)
 def test_every_encoder_learns_the_ring(encoder: str, tmp_path: Path) -> None:
     train_encoder(spec_in(tmp_path, encoder))
     history = json.loads((tmp_path / "out" / "history.json").read_text())

@@ -32,7 +32,7 @@ from pyspark.sql import functions as F
 from nightstream.errors import ArtifactError
 from nightstream.evaluation import offline
 from nightstream.evaluation.offline import Served
-from nightstream.ingest.parse import live
+from nightstream.ingest.history import live
 from nightstream.models.bundle import Payload
 from nightstream.runtime.settings import Settings
 from nightstream.serving import catalogue

@@ -1,4 +1,4 @@
-"""What sources say of items and users, in the shape of the tables items and users."""
+"""What sources say of items and users, in the shape of their tables, and merged into them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from nightstream.errors import SourceError
+from nightstream.ingest import formats
 from nightstream.ingest.formats import (
     ARRIVAL,
     POSITION,
@@ -22,13 +23,16 @@ from nightstream.ingest.formats import (
     require_columns,
 )
 from nightstream.ingest.parse import BAD_ID, BLANK, NUMBER, json_objects
-from nightstream.runtime.settings import ItemSource, UserSource
+from nightstream.runtime.settings import ItemSource, Settings, UserSource
+from nightstream.store.storage import Storage
 from nightstream.store.tables import CATEGORIES, ITEMS, NUMBERS, USERS, TableSpec
 
 log = logging.getLogger(__name__)
 Source = TypeVar("Source", ItemSource, UserSource)
 
 NO_ID, REPEATED = "without a usable id", "repeated"
+log = logging.getLogger(__name__)
+
 _FALSE = ("0", "false", "f", "no", "n", "off")
 # Links and keys of other systems: as many values as rows, and nothing to learn from them.
 _IDENTIFIER = re.compile(r"(^|_)(id|ids|url|link|asin|isbn|imdb|tmdb)$", re.IGNORECASE)
@@ -184,3 +188,44 @@ def _number(rows: DataFrame, name: str) -> Column:
 
 def _available(text: Column) -> Column:
     return F.coalesce(~F.lower(F.trim(text)).isin(*_FALSE), F.lit(True))
+
+
+def merge(storage: Storage, spec: TableSpec, rows: DataFrame, attempts: int) -> None:
+    """Take the rows up into ITEMS or USERS by id: new descriptions replace old ones, what the rows lack stays."""
+    (key,) = spec.keys
+    # Maps cannot be compared, their JSON can: rows that did not change are not written again.
+    columns = ", ".join(f"old.{c} AS {c}" for c in spec.schema.names)
+    changed = f"to_json(struct({columns})) <> to_json(struct({columns.replace('old.', 'new.')}))"
+
+    def run() -> None:
+        merge = storage.table(spec).alias("old").merge(rows.alias("new"), f"old.{key} = new.{key}")
+        merge.whenMatchedUpdateAll(condition=changed).whenNotMatchedInsertAll().execute()
+
+    storage.with_retries(run, attempts, spec.name)
+
+
+class ItemsSource:
+    """The items source of a running stream, read again whenever its files or its table have changed."""
+
+    def __init__(self, storage: Storage, settings: Settings) -> None:
+        self.storage, self.settings = storage, settings
+        self._taken_up: str | None = None
+
+    def take_up(self) -> None:
+        """Merge the source into ITEMS where it has changed since the last call.
+
+        A source that cannot be read is no reason to stop the events: it is logged and tried again at the next call.
+        """
+        source, spark = self.settings.sources.items, self.storage.spark
+        if source is None:
+            return
+        try:
+            # Before it is read: what changes meanwhile is read at the next call.
+            state = formats.fingerprint(spark, source.format, source.path)
+            if state == self._taken_up:
+                return
+            found = items(spark, source, self.settings.events.max_id_length)
+            merge(self.storage, ITEMS, found.rows, self.settings.serving.merge_attempts)
+            self._taken_up = state
+        except Exception as error:
+            log.warning("the items stay as they were until their source can be read", extra={"error": str(error)[:300]})

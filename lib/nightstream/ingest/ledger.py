@@ -20,7 +20,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from nightstream.errors import TableError
-from nightstream.ingest import parse as E
+from nightstream.ingest import history, parse, resolve
 from nightstream.ingest.id_filter import HASHES, KnownIds, with_hashes
 from nightstream.runtime.settings import Settings
 from nightstream.store.concurrency import finish, start
@@ -87,7 +87,7 @@ class Recorded:
 def parsed(payloads: DataFrame, settings: Settings) -> DataFrame:
     """Payload rows with what `events.parse` reads in them under these settings."""
     source = settings.sources.events
-    return E.parse(payloads, source.columns, source.time_unit, settings.events, settings.serving.default_user)
+    return parse.parse(payloads, source.columns, source.time_unit, settings.events, settings.serving.default_user)
 
 
 def arrive(arrived: DataFrame, settings: Settings, micro_batch: bool = False) -> Cut:
@@ -103,8 +103,8 @@ def arrive(arrived: DataFrame, settings: Settings, micro_batch: bool = False) ->
     }
     if not micro_batch:
         # A batch source is large: to try it on the driver first would read it twice.
-        return cut(E.raw_rows(arrived), totals, limit=0)
-    return cut(with_hashes(E.raw_rows(arrived)), totals)
+        return cut(parse.raw_rows(arrived), totals, limit=0)
+    return cut(with_hashes(parse.raw_rows(arrived)), totals)
 
 
 def book(
@@ -205,11 +205,11 @@ class _Booking:
         resolved, found = self._resolved()
         added, writes = self._write(resolved, found)
         self._log(added)
-        counts = Counts(self.raw, self.valid - found[E.DUPLICATE], self.quarantine, found[E.DUPLICATE])
+        counts = Counts(self.raw, self.valid - found[resolve.DUPLICATE], self.quarantine, found[resolve.DUPLICATE])
         current = resolved.where(F.col("raw_id") == F.col("kept_raw_id"))
         refold = self._refold_users(resolved, current, found, writes)
         accepted = current.where(F.col("event_type") != self.retraction_type)
-        accepted = accepted.withColumn("event_type", E.taken_back(F.col("dead"), self.retraction_type))
+        accepted = accepted.withColumn("event_type", history.taken_back(F.col("dead"), self.retraction_type))
         accepted = accepted.select(*EVENTS.schema.names)
         table = None
         if self.table is not None:
@@ -237,7 +237,7 @@ class _Booking:
         if self.known_ids is not None and not met_before:
             return True
         wanted = self.storage.spark.createDataFrame(valid.select(["event_id"]))
-        found = E.mentions(self.storage.read(EVENTS), F.broadcast(wanted), self.retraction_type)
+        found = resolve.mentions(self.storage.read(EVENTS), F.broadcast(wanted), self.retraction_type)
         # A replay finds as many as it brings, and so many are on the driver already.
         return found.select("event_id").toArrow().num_rows == 0
 
@@ -246,11 +246,15 @@ class _Booking:
 
         Of `events` at one version: what is computed again later must not see what was written in between.
         """
-        names = (E.NEW, E.SUPERSEDING, E.STORED, E.DUPLICATE)
+        names = (resolve.NEW, resolve.SUPERSEDING, resolve.STORED, resolve.DUPLICATE)
         self.only_new = self._brings_only_new()
         if self.only_new:
             # The common case; what follows takes several jobs.
-            return E.all_new(self._valid_rows()), {**dict.fromkeys(names, 0), E.NEW: self.valid, "retractions": 0}
+            return resolve.all_new(self._valid_rows()), {
+                **dict.fromkeys(names, 0),
+                resolve.NEW: self.valid,
+                "retractions": 0,
+            }
         totals = {n: F.count_if(F.col("outcome") == n) for n in names}
         retraction = (F.col("event_type") == self.retraction_type) & (F.col("raw_id") == F.col("kept_raw_id"))
         totals |= {"retractions": F.count_if(retraction), "damaged": F.count_if(F.col("copies") > 1)}
@@ -270,25 +274,25 @@ class _Booking:
 
     def _resolve(self, before: DataFrame) -> DataFrame:
         valid = self._valid_rows()
-        known = E.known(before, self._hint(valid.select("event_id")), self.retraction_type)
-        tombstones = self._hint(E.tombstones(valid, self.retraction_type)) if self.retractions else None
-        return E.settle(valid, self._hint(known), tombstones)
+        known = resolve.known(before, self._hint(valid.select("event_id")), self.retraction_type)
+        tombstones = self._hint(history.tombstones(valid, self.retraction_type)) if self.retractions else None
+        return resolve.settle(valid, self._hint(known), tombstones)
 
     def _write(self, resolved: DataFrame | None, found: dict[str, int]) -> tuple[dict[str, int], list[Future[None]]]:
         """Write what is not there yet; returns the rows added to each table, and the writes that still run."""
         added = {t.name: 0 for t in TABLES}
         tasks: list[Callable[[], None]] = []
-        seen_before = found.get(E.STORED, 0) > 0
+        seen_before = found.get(resolve.STORED, 0) > 0
         if self.quarantine:
             rejected = self.parsed.where(F.col("reason").isNotNull())
             rejected, added["quarantine"] = self._unknown(QUARANTINE, rejected, self.quarantine)
             seen_before |= added["quarantine"] < self.quarantine
             tasks += self._append(QUARANTINE, rejected, added)
-        superseding = found.get(E.SUPERSEDING, 0)
+        superseding = found.get(resolve.SUPERSEDING, 0)
         if resolved is not None:
-            added["events"] = found[E.NEW]
-            tasks += self._append(EVENTS, resolved.where(F.col("outcome") == E.NEW), added)
-            repeated = found[E.DUPLICATE] + superseding
+            added["events"] = found[resolve.NEW]
+            tasks += self._append(EVENTS, resolved.where(F.col("outcome") == resolve.NEW), added)
+            repeated = found[resolve.DUPLICATE] + superseding
             if repeated:
                 copies, added["duplicates"] = self._unknown(DUPLICATES, _duplicates(resolved), repeated)
                 seen_before |= added["duplicates"] < repeated
@@ -324,7 +328,7 @@ class _Booking:
         return [lambda: self.storage.append(spec, few)]
 
     def _merge(self, resolved: DataFrame) -> None:
-        superseding = resolved.where(F.col("outcome") == E.SUPERSEDING).select(*EVENTS.schema.names)
+        superseding = resolved.where(F.col("outcome") == resolve.SUPERSEDING).select(*EVENTS.schema.names)
         rows = cut(superseding, {}, cached=False).rows
         newer = "struct(new.event_time, new.content_hash) > struct(old.event_time, old.content_hash)"
 
@@ -342,10 +346,10 @@ class _Booking:
         A replay finds the superseding event already in `events`; what it replaced is then known through duplicates.
         """
         replaced: list[DataFrame] = []
-        if found[E.SUPERSEDING]:
-            replaced.append(resolved.where(F.col("outcome") == E.SUPERSEDING).select("old.*"))
-            replaced.append(resolved.where(F.col("outcome") == E.SUPERSEDING).select(*EVENTS.schema.names))
-        if found[E.STORED] and self.micro_batch:
+        if found[resolve.SUPERSEDING]:
+            replaced.append(resolved.where(F.col("outcome") == resolve.SUPERSEDING).select("old.*"))
+            replaced.append(resolved.where(F.col("outcome") == resolve.SUPERSEDING).select(*EVENTS.schema.names))
+        if found[resolve.STORED] and self.micro_batch:
             replaced += self._replaced_before(current)
         retraction = F.col("event_type") == self.retraction_type
         # Who takes an event back need not be its user, and has no other window for it.
@@ -367,7 +371,7 @@ class _Booking:
         return refold.rows if refold.totals["users"] else None
 
     def _replaced_before(self, current: DataFrame) -> list[DataFrame]:
-        stored = current.where(F.col("outcome") == E.STORED).select(F.col("raw_id").alias("kept_raw_id"))
+        stored = current.where(F.col("outcome") == resolve.STORED).select(F.col("raw_id").alias("kept_raw_id"))
         copies = self.storage.read(DUPLICATES).join(self._hint(stored), "kept_raw_id", "left_semi")
         raw = self.storage.read(RAW_EVENTS).join(F.broadcast(copies.select("raw_id")), "raw_id", "left_semi")
         old = parsed(raw, self.settings)
@@ -383,8 +387,8 @@ class _Booking:
 
 def _duplicates(resolved: DataFrame) -> DataFrame:
     """DUPLICATES rows: the repetitions of the batch, and the stored events that it replaces."""
-    here = resolved.where(F.col("outcome") == E.DUPLICATE).select(*DUPLICATES.schema.names)
-    replaced = resolved.where(F.col("outcome") == E.SUPERSEDING).select(
+    here = resolved.where(F.col("outcome") == resolve.DUPLICATE).select(*DUPLICATES.schema.names)
+    replaced = resolved.where(F.col("outcome") == resolve.SUPERSEDING).select(
         "old.raw_id", "event_id", F.col("raw_id").alias("kept_raw_id"), "old.arrival_time"
     )
     return here.unionByName(replaced)

@@ -1,4 +1,4 @@
-"""From payload to event: validation, identity, duplicates, retractions; pure, the same in batch and stream."""
+"""From payload to event: what a payload tells, and its verdict; pure, the same in batch and stream."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ REASONS = (
     *(UNREADABLE, RESERVED, IN_FUTURE, OUT_OF_RANGE, UNKNOWN),
 )
 
-# What `resolve` makes of a valid row.
-NEW, SUPERSEDING, STORED, DUPLICATE = "new", "superseding", "stored", "duplicate"
 
 BLANK = " \t\r\n\u00a0\u3000\ufeff"
 NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?$"
@@ -238,107 +236,3 @@ def _microseconds(text: Column, unit: str) -> Column:
     shaped = upper.rlike(_ISO + r"(\s*(UTC|GMT|Z|[+-]\d{2}(:?\d{2})?))?$")
     stamp = F.when(day, F.concat(iso, F.lit(" 00:00:00Z"))).otherwise(zoned)
     return F.coalesce(from_number, F.when(shaped, F.unix_micros(stamp.try_cast("timestamp"))))
-
-
-def mentions(events: DataFrame, ids: DataFrame, retraction_type: str) -> DataFrame:
-    """The rows of `events` that are, or retract, one of the event ids, with that id in the column mentioned.
-
-    ids: one column event_id, repetitions do no harm. A row that does both stands there twice.
-    """
-    retraction = (F.col("event_type") == retraction_type) & F.col("retracts").isNotNull()
-    # One pass over the table for both questions: it is the largest there is.
-    both = F.when(retraction, F.array("event_id", "retracts")).otherwise(F.array("event_id"))
-    wanted = ids.select(F.col("event_id").alias("mentioned"))
-    return events.withColumn("mentioned", F.explode(both)).join(wanted, "mentioned", "left_semi")
-
-
-def known(events: DataFrame, ids: DataFrame, retraction_type: str) -> DataFrame:
-    """What `events` knows of the event ids: one row per id found there as an event or as the target of a retraction.
-
-    ids: as in `mentions`. Columns: event_id, old (struct of the EVENTS columns, null where only a retraction names the
-    id), copies (rows of `events` with this id: more than 1 is damage), retracted.
-    """
-    rows = mentions(events, ids, retraction_type)
-    own = F.col("mentioned") == F.col("event_id")
-    retraction = F.col("event_type") == retraction_type
-    return rows.groupBy(F.col("mentioned").alias("event_id")).agg(
-        F.max(F.when(own, F.struct(*EVENTS.schema.names))).alias("old"),
-        F.count_if(own).alias("copies"),
-        F.bool_or(retraction & (F.col("mentioned") == F.col("retracts"))).alias("retracted"),
-    )
-
-
-def all_new(valid: DataFrame) -> DataFrame:
-    """What `settle` gives where no event_id occurs twice, in `valid` or in `events`, and no retraction names one."""
-    return valid.withColumns(
-        {
-            "old": F.lit(None).cast(EVENTS.schema),
-            "copies": F.lit(None).cast("long"),
-            "kept_raw_id": F.col("raw_id"),
-            "outcome": F.lit(NEW),
-            "dead": F.lit(False),
-        }
-    )
-
-
-def resolve(valid: DataFrame, existing: DataFrame) -> DataFrame:
-    """`settle` against EVENTS rows (any; those with other ids do no harm), without `dead`."""
-    return settle(valid, known(existing, valid.select("event_id"), "")).drop("dead")
-
-
-def settle(valid: DataFrame, known_ids: DataFrame, tombstones: DataFrame | None = None) -> DataFrame:
-    """The valid rows with what becomes of each: outcome, kept_raw_id, the stored event `old`, copies, and dead.
-
-    valid: rows of `parse` without a reason. known_ids: `known` for their event ids. tombstones: `tombstones(valid)`, or
-    None where valid has no retraction. Of several rows with one event_id
-    the greater (event_time, content_hash) wins, and what is equal in both stays as it was stored; among equal new rows
-    the greater raw_id wins.
-    outcome: NEW (append it), SUPERSEDING (takes the place of the event `old`), STORED (is in `events` under its own
-    raw_id), DUPLICATE (repeats, or was overtaken by, the row kept_raw_id). dead: a retraction names the event_id.
-    """
-    rows = valid.join(known_ids, "event_id", "left")
-    stored = F.coalesce(F.col("raw_id") == F.col("old.raw_id"), F.lit(False))
-    rank = F.struct("event_time", "content_hash", "raw_id")
-    best = F.max(F.when(~stored, rank)).over(Window.partitionBy("event_id"))
-    rows = rows.withColumn("_stored", stored).withColumn("_best", best)
-    wins = F.struct("_best.event_time", "_best.content_hash") > F.struct("old.event_time", "old.content_hash")
-    wins = F.col("_best").isNotNull() & (F.col("old").isNull() | wins)
-    rows = rows.withColumn("kept_raw_id", F.when(wins, F.col("_best.raw_id")).otherwise(F.col("old.raw_id")))
-    winner = F.col("raw_id") == F.col("kept_raw_id")
-    outcome = (
-        F.when(F.col("_stored"), STORED)
-        .when(winner & F.col("old").isNull(), NEW)
-        .when(winner, SUPERSEDING)
-        .otherwise(DUPLICATE)
-    )
-    rows = rows.withColumn("outcome", outcome).withColumn("dead", F.coalesce("retracted", F.lit(False)))
-    if tombstones is not None:
-        rows = rows.join(tombstones.withColumn("_here", F.lit(True)), "event_id", "left")
-        rows = rows.withColumn("dead", F.col("dead") | F.col("_here").isNotNull()).drop("_here")
-    return rows.drop("_stored", "_best", "retracted")
-
-
-def tombstones(events: DataFrame, retraction_type: str) -> DataFrame:
-    """The event ids (column event_id, distinct) that the retractions among the events name."""
-    retraction = F.col("event_type") == retraction_type
-    return events.where(retraction).select(F.col("retracts").alias("event_id")).distinct()
-
-
-def foldable(events: DataFrame, retraction_type: str) -> DataFrame:
-    """What a fold takes: events without retractions; those that were taken back get another type (see taken_back)."""
-    dead = tombstones(events, retraction_type).withColumn("_dead", F.lit(True))
-    kept = events.where(F.col("event_type") != retraction_type).join(dead, "event_id", "left")
-    marked = kept.withColumn("event_type", taken_back(F.col("_dead").isNotNull(), retraction_type))
-    return marked.select(*events.columns)
-
-
-def taken_back(dead: Column, retraction_type: str) -> Column:
-    """The event_type for a fold. An event that was taken back still makes its user known, as it has done where it was
-    folded before its retraction came; a type that enters no window does just that."""
-    return F.when(dead, F.lit(retraction_type)).otherwise(F.col("event_type"))
-
-
-def live(events: DataFrame, retraction_type: str) -> DataFrame:
-    """The events that count: no retractions, and none that a retraction names, whichever of the two came first."""
-    kept = events.where(F.col("event_type") != retraction_type)
-    return kept.join(tombstones(events, retraction_type), "event_id", "left_anti")

@@ -30,8 +30,9 @@ from nightstream.models.encoders import (
 from nightstream.models.encoders.base import gap_buckets
 from nightstream.models.encoders.item import ItemBatch
 from nightstream.models.ranking.candidate_sources import Sources
+from nightstream.models.ranking.candidates import Prepared, prepare
 from nightstream.models.ranking.ranker import Ranker
-from nightstream.models.ranking.recommend import Prepared, empty_lists, prepare, recommend_block
+from nightstream.models.ranking.recommend import empty_lists, recommend_block
 from nightstream.models.ranking.topk import BLOCK, unit
 
 ITEM_BLOCK = 1024

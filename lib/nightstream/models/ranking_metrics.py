@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 
@@ -46,9 +44,3 @@ def mrr(ranks: np.ndarray, k: int | None = None) -> float:
 def coverage(rows: np.ndarray, items: int) -> float:
     """The share of `items` catalogue items that at least one list in rows [B, K] holds (0 = empty place)."""
     return len(np.unique(rows[rows > 0])) / items if items else 0.0
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value that `share` percent of the values do not exceed; 0 for none."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * share / 100))] if ordered else 0.0

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 
-from nightstream.models.ranking_metrics import percentile
 from nightstream.store.storage import Storage
 from nightstream.store.tables import METRICS
 
@@ -73,3 +72,9 @@ class Interval:
         if sums.get("busy_s"):
             found["processed_rows_per_s"] = rows / sums["busy_s"]
         return {**found, **self.percentiles(), **self.peaks}
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value that `share` percent of the values do not exceed; 0 for none."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share / 100))] if ordered else 0.0

@@ -12,8 +12,8 @@ from typing import Any, TypedDict
 
 from plotly.offline import get_plotlyjs
 
-from nightstream.models.ranking_metrics import percentile
 from nightstream.monitoring import report_figures
+from nightstream.monitoring.measurements import percentile
 
 # An epoch of one training run: encoder, stage ("first-…" is validated, "refit-…" is not), epoch from 1, loss, NDCG@10.
 EpochRow = TypedDict(

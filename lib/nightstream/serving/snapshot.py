@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
-from nightstream.ingest.descriptions import ItemsSource
+from nightstream.ingest.dimensions import ItemsSource
 from nightstream.models.bundle import Payload
 from nightstream.runtime.settings import Settings
 from nightstream.serving import catalogue

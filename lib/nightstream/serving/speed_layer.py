@@ -1,6 +1,6 @@
-"""The two speeds: `apply_all` refreshes everyone (batch layer), `SpeedLayer` the users of each micro-batch.
+"""The speed layer: the users of each micro-batch, refreshed, committed and merged as the batch layer does it.
 
-Both call the same refresh, the same commit and the same merge; neither has logic of its own beyond choosing users.
+It has no logic of its own beyond choosing users.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,25 +19,23 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from nightstream.ingest import changes
+from nightstream.ingest.history import foldable
 from nightstream.ingest.id_filter import KnownIds
 from nightstream.ingest.ledger import Counts, Recorded, arrive, book, is_balanced
-from nightstream.ingest.parse import foldable
-from nightstream.models.bundle import Payload
 from nightstream.monitoring.batch_report import BatchReport, Laps
 from nightstream.runtime.settings import Settings
 from nightstream.serving import commits
 from nightstream.serving.background_merge import Follower
+from nightstream.serving.batch_layer import apply_all, refresher
 from nightstream.serving.refresh import (
     NO_EVENTS,
     NOBODY,
     STATE_COLUMNS,
-    Refresher,
     refresh,
     unfolded,
 )
 from nightstream.serving.snapshot import News
 from nightstream.serving.state_cache import KnownUsers
-from nightstream.serving.user_state import FoldRules
 from nightstream.store import registry
 from nightstream.store.materialize import Cut, cut
 from nightstream.store.storage import Storage
@@ -48,57 +46,6 @@ log = logging.getLogger(__name__)
 # Up to so many users of a micro-batch are refreshed on the driver, which has the model at hand; more are sent to the
 # executors, which takes some seconds before the first of them is refreshed.
 DRIVER_USERS = 4_000
-
-
-def refresher(settings: Settings, payload: Payload, threads: int = 1) -> Refresher:
-    """The refresh under this installation's settings."""
-    window = settings.window
-    rules = FoldRules(window.length, window.seen_limit, tuple(settings.events.window_types))
-    return Refresher(payload, rules, settings.serving.top_k, threads)
-
-
-def everyone(storage: Storage, settings: Settings) -> DataFrame:
-    """Unfolded states of all known users: those with a state, those only described, and the default user."""
-    present = storage.read_or_empty(USER_VECTORS).select("user_id", "revision")
-    described = storage.read_or_empty(USERS).select("user_id", F.lit(0).cast("long").alias("revision"))
-    stranger = storage.spark.range(1).select(
-        F.lit(settings.serving.default_user).alias("user_id"), F.lit(0).cast("long").alias("revision")
-    )
-    revisions = (
-        present.unionByName(described).unionByName(stranger).groupBy("user_id").agg(F.max("revision").alias("revision"))
-    )
-    return unfolded(revisions)
-
-
-def apply_all(
-    storage: Storage,
-    settings: Settings,
-    payload: Payload,
-    writer: str,
-    batch_id: int,
-    now: datetime,
-    only: DataFrame | None = None,
-) -> int:
-    """Refresh every known user over the whole history under one model and merge; returns the number of users.
-
-    only: user_id of those to refresh, distinct; None for everyone.
-    """
-    events = foldable(storage.read(EVENTS), settings.events.retraction_type)
-    states, users = everyone(storage, settings), storage.read_or_empty(USERS)
-    if only is not None:
-        # Users that are in `events` alone have no state yet: the fold makes one.
-        states, events, users = (rows.join(only, "user_id", "left_semi") for rows in (states, events, users))
-    # No SEEN_OVERFLOW: the history has all that overflows, and only what has not been taken back.
-    refreshed = commits.settled(refresh(states, events, users, None, refresher(settings, payload)), limit=0)
-    # Never a repetition: run again, it refreshes from newer states, and what is merged must stand in `refreshes`.
-    refolded = refreshed.rows.select("user_id")
-    attempts = settings.serving.merge_attempts
-    commit = commits.commit(storage, refreshed, writer, batch_id, now, fresh=True, refolded=refolded, attempts=attempts)
-    count: int = refreshed.totals["users"] or 0
-    commits.merge(storage, commit, commits.Layout.of(storage, settings.serving.top_k), attempts)
-    if only is None:
-        commits.spread(storage, count, attempts)
-    return count
 
 
 @dataclass(frozen=True)
@@ -358,7 +305,3 @@ class SpeedLayer:
 
 def _seconds(since: datetime | None, now: datetime) -> float | None:
     return None if since is None else (now - since).total_seconds()
-
-
-def utc_now() -> datetime:
-    return datetime.now(UTC)

@@ -10,8 +10,9 @@ from pyspark.sql import SparkSession
 
 from nightstream.errors import WriterBusyError
 from nightstream.ingest import changes
+from nightstream.runtime import clock
 from nightstream.runtime.settings import Settings
-from nightstream.serving import catalogue, commits, speed_layer
+from nightstream.serving import batch_layer, catalogue, commits
 from nightstream.store import registry
 from nightstream.store.lease import Lease, this_process
 from nightstream.store.storage import Storage
@@ -40,7 +41,7 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, A
             if catalogue.embed_changed(storage, storage.read_or_empty(ITEMS), payload, attempts):
                 payload = catalogue.load_payload(storage, version, payload.files)
             writer = f"nightly {as_of:%Y%m%dT%H%M%S} {version}"
-            users = speed_layer.apply_all(storage, settings, payload, writer, 0, speed_layer.utc_now())
+            users = batch_layer.apply_all(storage, settings, payload, writer, 0, clock.utc_now())
             changes.unmark(storage)
     except WriterBusyError as busy:
         log.info("another process writes the serving tables and will apply the model", extra={"reason": str(busy)})

@@ -15,9 +15,9 @@ from pyspark.sql import functions as F
 from nightstream.evaluation import offline
 from nightstream.evaluation.offline import Served
 from nightstream.files import write_atomically
-from nightstream.ingest.parse import live
-from nightstream.models.ranking_metrics import percentile
+from nightstream.ingest.history import live
 from nightstream.monitoring import report
+from nightstream.monitoring.measurements import percentile
 from nightstream.runtime import console
 from nightstream.runtime.settings import Settings, validate
 from nightstream.serving import catalogue

@@ -8,9 +8,9 @@ from typing import Any
 from pyspark.sql import SparkSession
 
 from nightstream.errors import WriterBusyError
-from nightstream.ingest import changes, descriptions, dimensions, formats, ledger, sources
+from nightstream.ingest import changes, dimensions, formats, ledger, sources
+from nightstream.runtime import clock
 from nightstream.runtime.settings import Settings
-from nightstream.serving import speed_layer
 from nightstream.store.lease import Lease, this_process
 from nightstream.store.storage import Storage
 from nightstream.store.tables import ITEMS, USERS
@@ -46,7 +46,7 @@ def run(spark: SparkSession, settings: Settings, beside_stream: bool = False) ->
     described: dict[str, Any] = {}
     for name, spec, found in (("items", ITEMS, items), ("users", USERS, users)):
         if found is not None:
-            descriptions.merge(storage, spec, found.rows, settings.serving.merge_attempts)
+            dimensions.merge(storage, spec, found.rows, settings.serving.merge_attempts)
         described[name] = {
             "rows": storage.read(spec).count(),
             "left_out": {} if found is None else found.left_out,
@@ -55,7 +55,7 @@ def run(spark: SparkSession, settings: Settings, beside_stream: bool = False) ->
     try:
         with Lease(storage, this_process(), KIND, seconds, attempts, wait=True):
             # First, so that a crash between the two loses nothing.
-            changes.mark(storage, settings.sources.events.path, speed_layer.utc_now())
+            changes.mark(storage, settings.sources.events.path, clock.utc_now())
             recorded = ledger.record(storage, arrived, settings)
             recorded.release()
             return {"events": ledger.check(storage), "added": recorded.added, **described}

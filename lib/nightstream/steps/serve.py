@@ -20,8 +20,9 @@ from nightstream.ingest.ledger import parsed
 from nightstream.monitoring.batch_report import BatchReport
 from nightstream.monitoring.freshness import make_view
 from nightstream.monitoring.monitor import Monitor
+from nightstream.runtime.clock import utc_now
 from nightstream.runtime.settings import Settings
-from nightstream.serving.speed_layer import SpeedLayer, utc_now
+from nightstream.serving.speed_layer import SpeedLayer
 from nightstream.store.lease import Lease
 from nightstream.store.storage import Storage
 

@@ -10,7 +10,7 @@ from pyspark.sql import SparkSession
 
 from nightstream.errors import TableError
 from nightstream.evaluation import gate
-from nightstream.ingest.parse import live
+from nightstream.ingest.history import live
 from nightstream.models.bundle import Payload
 from nightstream.monitoring import measurements
 from nightstream.runtime.settings import Settings

@@ -21,8 +21,9 @@ from nightstream.models.arrays import RANK, TRAIN, VALID, Catalogue, ItemFeature
 from nightstream.models.encoders import EncoderSizes, ItemEncoder, ItemSizes, build_sequence_encoder
 from nightstream.models.model import Member, Model
 from nightstream.models.ranking.candidate_sources import SourceSizes, fit_sources
+from nightstream.models.ranking.candidates import candidates, score_block
+from nightstream.models.ranking.rank_features import features
 from nightstream.models.ranking.ranker import LabelledGroups, RankerSizes, train_ranker
-from nightstream.models.ranking.recommend import candidates, features, score_block
 from nightstream.models.ranking.topk import BLOCK
 from nightstream.training import batching
 
@@ -37,7 +38,7 @@ Launcher = Callable[[dict[str, Any]], Any]
 class LearnSpec:
     """What learn() may be told.
 
-    encoders: members of the ensemble, kinds of encoders/base.KINDS. weights: of their cosines, equal if empty.
+    encoders: members of the ensemble, names of encoders/factory.ENCODERS. weights: of their cosines, equal if empty.
     options: sizes for every encoder (see sizing), each absent or "auto" unless given. seed: of everything.
     threads: of torch in each training process. parallel: encoders trained side by side. use_ranker: whether to train
     one. refit: whether to train on with the ranker's and the validation's events too before handing out the model.

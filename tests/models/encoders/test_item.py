@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nightstream.models.encoders.item import ItemBatch, ItemEncoder, ItemSizes, TextConvolution
+from nightstream.models.encoders.item import ItemBatch, ItemEncoder, ItemSizes
+from nightstream.models.encoders.text import TextConvolution
 
 
 def sizes(text: str, id_dropout: float = 0.0) -> ItemSizes:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from nightstream.models.encoders import Batch, EncoderSizes, SequenceEncoder, build_sequence_encoder
-from nightstream.models.encoders.base import KINDS, gap_buckets
+from nightstream.models.encoders.base import gap_buckets
+from nightstream.models.encoders.factory import ENCODERS
 
 
 def sizes(kind: str, event_types: int = 2) -> EncoderSizes:
@@ -39,7 +40,7 @@ def crop(b: Batch, length: int) -> Batch:
     return Batch(*parts, b.user_numbers, b.user_categories)
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=ENCODERS)
 def encoder(request: pytest.FixtureRequest) -> SequenceEncoder:
     torch.manual_seed(0)
     module = build_sequence_encoder(sizes(request.param)).eval()
@@ -104,7 +105,7 @@ def test_every_input_counts(encoder: SequenceEncoder, field: str) -> None:
     assert (encoder.last(changed) - encoder.last(b)).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ENCODERS)
 def test_event_features_start_without_effect(kind: str) -> None:
     torch.manual_seed(0)
     module = build_sequence_encoder(sizes(kind)).eval()

@@ -3,14 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from nightstream.errors import ArtifactError
-from nightstream.models.ranking.ranker import (
-    LabelledGroups,
-    Ranker,
-    RankerSizes,
-    feature_groups,
-    feature_names,
-    train_ranker,
-)
+from nightstream.models.ranking.rank_features import feature_groups, feature_names
+from nightstream.models.ranking.ranker import LabelledGroups, Ranker, RankerSizes, train_ranker
 from nightstream.models.ranking.strategies import STRATEGIES
 
 MEMBERS = ("gru",)

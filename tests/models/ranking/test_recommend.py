@@ -9,18 +9,16 @@ import pytest
 from learning_data import catalogue_of, make_windows, no_users, ring_sequences
 from nightstream.models.arrays import TRAIN, UserFeatures
 from nightstream.models.ranking.candidate_sources import SourceSizes, fit_sources
-from nightstream.models.ranking.ranker import feature_names
-from nightstream.models.ranking.recommend import (
+from nightstream.models.ranking.candidates import (
     ENSEMBLE_CANDIDATES,
     MEMBER_CANDIDATES,
     OTHER_CANDIDATES,
     POPULAR_CANDIDATES,
-    RECENT_EVENTS,
     candidates,
-    features,
     prepare,
     score_block,
 )
+from nightstream.models.ranking.rank_features import RECENT_EVENTS, feature_names, features
 from nightstream.models.ranking.topk import unit
 
 ITEMS, WIDTH = 30, 8

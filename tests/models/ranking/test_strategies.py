@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from nightstream.models.ranking.strategies import STRATEGIES, reason_text, strongest_event, strongest_group
+from nightstream.models.ranking.reasons import strongest_event, strongest_group
+from nightstream.models.ranking.strategies import STRATEGIES, reason_text
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, nn
 
 GAP_BUCKETS = 26
-KINDS = ("gru", "cnn", "transformer")
 
 
 @dataclass(frozen=True)
 class EncoderSizes:
     """Sizes of one sequence encoder; all of them are known before any data is seen by it.
 
-    kind: one of KINDS. width: D, of item and user vectors. window: L, events that a window holds.
+    kind: a name that factory.ENCODERS knows. width: D, of item and user vectors. window: L, events that a window holds.
     span: events that the convolutions look at (cnn only). hidden: width of the recurrent state or of the inner layers.
     layers, heads: of the transformer. dropout: share of inputs dropped in training.
     event_types: number of known event types. user_numbers, user_categories: sizes of the user attributes.
@@ -32,10 +31,6 @@ class EncoderSizes:
     event_types: int
     user_numbers: int
     user_categories: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"unknown encoder {self.kind!r}; known are {', '.join(KINDS)}")
 
 
 @dataclass(frozen=True)
@@ -144,17 +139,3 @@ class SequenceEncoder(nn.Module):
     def last(self, batch: Batch) -> Tensor:
         """Unit vectors [B, D] of the last position; all zero for an empty window."""
         return self(batch)[:, -1]
-
-
-def build_sequence_encoder(sizes: EncoderSizes) -> SequenceEncoder:
-    """The encoder that `sizes.kind` names, with weights from torch's current random state."""
-    from nightstream.models.encoders.cnn import ConvolutionEncoder
-    from nightstream.models.encoders.gru import RecurrentEncoder
-    from nightstream.models.encoders.transformer import AttentionEncoder
-
-    classes: dict[str, type[SequenceEncoder]] = {
-        "gru": RecurrentEncoder,
-        "cnn": ConvolutionEncoder,
-        "transformer": AttentionEncoder,
-    }
-    return classes[sizes.kind](sizes)

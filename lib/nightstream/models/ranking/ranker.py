@@ -13,57 +13,7 @@ import xgboost as xgb
 
 from nightstream.errors import ArtifactError
 from nightstream.models.ranking.linear_ranker import Linear, fit_linear
-from nightstream.models.ranking.strategies import STRATEGIES
-
-COMMON_FEATURES = (
-    ("ensemble_cosine", "sequence"),
-    ("ensemble_gap", "sequence"),
-    ("ensemble_place", "sequence"),
-    ("last_cosine", "sequence"),
-    ("recent_cosine", "sequence"),
-    ("covisitation", "covisitation"),
-    ("covisitation_share", "covisitation"),
-    ("covisitation_place", "covisitation"),
-    ("knn", "covisitation"),
-    ("knn_share", "covisitation"),
-    ("knn_place", "covisitation"),
-    ("log_popularity", "popular"),
-    ("log_trend", "trending"),
-    ("segment_lift", "segment_popular"),
-    ("window_events", ""),
-)
-MEMBER_FEATURES = (("cosine", "sequence"), ("gap", "sequence"), ("place", "sequence"))
-
-
-LINEAR_TERMS = (
-    ("covisitation_share", False),
-    ("covisitation_share", True),
-    ("knn_share", False),
-    ("knn_share", True),
-    ("log_popularity", False),
-    ("log_trend", False),
-    ("segment_lift", False),
-    ("last_cosine", False),
-    ("recent_cosine", False),
-)
-
-
-def feature_names(members: tuple[str, ...]) -> list[str]:
-    """Names of the ranker's columns, in order, for an ensemble of these members."""
-    return [n for n, _ in COMMON_FEATURES] + [f"{m}_{n}" for m in members for n, _ in MEMBER_FEATURES]
-
-
-def feature_groups(members: tuple[str, ...]) -> np.ndarray:
-    """int64 [F]: index into STRATEGIES of each column, −1 where a column is nobody's reason."""
-    names = [g for _, g in COMMON_FEATURES] + [g for _ in members for _, g in MEMBER_FEATURES]
-    return np.asarray([STRATEGIES.index(g) if g else -1 for g in names])
-
-
-def linear_terms(members: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Columns int64 [T] and whether their logarithm is meant, bool [T], of the linear part."""
-    terms = [(f"{m}_cosine", False) for m in members] + list(LINEAR_TERMS)
-    names = feature_names(members)
-    return np.asarray([names.index(n) for n, _ in terms]), np.asarray([log for _, log in terms])
+from nightstream.models.ranking.rank_features import feature_names, linear_terms
 
 
 @dataclass(frozen=True)
