@@ -1,11 +1,13 @@
 """Typed, range-checked settings: base.yaml, overlays, and `--set key=value` on top.
 
-The values live in conf/base.yaml alone; the classes here give the types and the ranges.
+The values live in conf/base.yaml alone; the classes here give the types and the ranges. conf/ is also a folder of the
+package, so an installation from the wheel has the same files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from nightstream.errors import SettingsError
 from nightstream.runtime import secrets
 
+CONF = (Path(__file__).parents[1] / "conf").resolve()
 EVENT_COLUMNS = ("event_id", "user_id", "item_id", "event_type", "event_time", "value", "retracts")
 # Nothing that was given there is shown in a message: it may be a secret.
 _CONFIDENTIAL = ("stream", "options")
@@ -220,16 +223,27 @@ class Settings(Section):
 
 # Sections that an overlay replaces as a whole: merging one source's columns into another's would mix two mappings.
 _REPLACED = {("sources", "items"), ("sources", "users"), ("sources", "events", "columns"), ("stream", "options")}
+# Of an overlay; what has a separator or a suffix is a path.
+_NAME = re.compile(r"[\w-]+")
 
 
 def load(files: Sequence[str | Path], overrides: Iterable[str] = ()) -> Settings:
-    """Read base.yaml beside the first file, then each file, then `key=value` overrides (dotted keys, YAML values).
+    """Settings from base.yaml, with each of `files` on top, and `overrides` on top of all.
 
-    Raises SettingsError with every problem found: missing files, bad YAML, unknown keys, types and ranges.
+    Args:
+        files: at least one; each a path, or the name of an overlay in conf/ such as `movielens` where no file has that
+            name. base.yaml is the one beside the first file, or else the one in conf/.
+        overrides: `section.key=value`, the value in YAML.
+
+    Returns:
+        The settings, checked.
+
+    Raises:
+        SettingsError: with every problem found: missing files, bad YAML, unknown keys, types and ranges.
     """
     problems: list[str] = []
     merged: dict[str, Any] = {}
-    for path in _with_base([Path(f) for f in files]):
+    for path in _with_base([_path_of(f) for f in files]):
         document = _read(path, problems)
         if document:
             merged = _merge(merged, document)
@@ -257,24 +271,38 @@ def validate(document: dict[str, Any]) -> Settings:
         raise SettingsError([_sentence(e) for e in error.errors()]) from None
 
 
-def leaf_keys(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
-    """Dotted names of all settings, for the test that each of them is read somewhere."""
-    keys: list[str] = []
-    for name, field in model.model_fields.items():
+def overlays() -> list[str]:
+    """Names of the overlays in conf/, each of which can stand in place of a path."""
+    return sorted(path.stem for path in CONF.glob("*.yaml") if path.name != "base.yaml")
+
+
+def leaf_keys(section: type[Section] = Settings, prefix: str = "") -> Iterator[tuple[str, type[Section]]]:
+    """Every setting's dotted name and the section that has it, for the test that each of them is read somewhere."""
+    for name, field in section.model_fields.items():
         inner = _section_of(field.annotation)
-        keys += leaf_keys(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
-    return keys
+        if inner is None:
+            yield f"{prefix}{name}", section
+        else:
+            yield from leaf_keys(inner, f"{prefix}{name}.")
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
+def _section_of(annotation: Any) -> type[Section] | None:
     candidates = [annotation, *getattr(annotation, "__args__", ())]
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 
 
+def _path_of(given: str | Path) -> Path:
+    overlay = CONF / f"{given}.yaml"
+    if _NAME.fullmatch(str(given)) and overlay.is_file() and not Path(given).is_file():
+        return overlay
+    return Path(given)
+
+
 def _with_base(files: list[Path]) -> list[Path]:
     if not files:
-        raise SettingsError(["give at least one file with --settings, such as --settings conf/base.yaml"])
-    base = files[0].parent / "base.yaml"
+        raise SettingsError(["give at least one file or overlay with --settings, such as --settings movielens"])
+    beside = files[0].parent / "base.yaml"
+    base = beside if beside.is_file() else CONF / "base.yaml"
     if any(f.resolve() == base.resolve() for f in files):
         return files
     return [base, *files]
@@ -284,7 +312,10 @@ def _read(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError:
-        problems.append(f"the settings file {path} cannot be read; check the path given with --settings")
+        remedy = "check the path given with --settings"
+        if _NAME.fullmatch(str(path)):
+            remedy += f", or name one of the overlays {', '.join(overlays())}"
+        problems.append(f"the settings file {path} cannot be read; {remedy}")
         return {}
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -320,7 +351,7 @@ def _assign(document: dict[str, Any], path: list[str], value: Any) -> None:
 def _sentence(error: Any) -> str:
     key = ".".join(str(p) for p in error["loc"]) or "settings"
     if error["type"] == "extra_forbidden":
-        return f"{key} is not a setting; remove it or see conf/base.yaml for the name"
+        return f"{key} is not a setting; remove it or see {CONF / 'base.yaml'} for the name"
     if error["type"] == "missing":
         return f"{key} is missing"
     message = error["msg"].removeprefix("Value error, ")

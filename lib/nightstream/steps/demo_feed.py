@@ -42,7 +42,7 @@ def cut_source(source: EventSource, fraction: float, target: Path) -> Cut:
         raise SourceError(f"the demo's data {source.path} cannot be read; run `make data` first") from error
     names = [recbole_name(h) for h in header.split("\t")]
     if source.format != "recbole" or source.columns["event_time"] not in names:
-        raise SourceError(f"the demo replays a RecBole .inter file; {source.path} is none, use conf/movielens.yaml")
+        raise SourceError(f"the demo replays a RecBole .inter file; {source.path} is none, use --settings movielens")
     at, user = names.index(source.columns["event_time"]), names.index(source.columns["user_id"])
     rows = sorted((line.split("\t") for line in lines if line), key=lambda row: float(row[at]))
     last = float(rows[max(0, round(len(rows) * (1 - fraction)) - 1)][at])
