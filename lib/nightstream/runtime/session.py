@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 import re
 import shutil
@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from nightstream.errors import MachineError
-from nightstream.runtime.jvm_log import Chatter
+from nightstream.runtime import console
+from nightstream.runtime.jvm_log import JvmLog
 from nightstream.runtime.settings import SparkSettings
+
+log = logging.getLogger(__name__)
 
 SUPPORTED_JAVA = (17, 21)
 _WANTED = "install Java 17 or 21 (on Debian: apt-get install openjdk-17-jre-headless) and set JAVA_HOME to it"
@@ -105,10 +108,31 @@ def _own(settings: SparkSettings, master: str) -> dict[str, str]:
 
 
 def _set_what_can_be(configuration: dict[str, str], session: Any) -> None:
-    """Shared and serverless clusters refuse settings that they decide themselves; nothing here depends on those."""
+    """Set what the session lets us set, and warn of the settings that it keeps otherwise.
+
+    Shared and serverless clusters refuse settings that they decide themselves.
+    """
+    refused: dict[str, str] = {}
     for key, value in configuration.items():
-        with contextlib.suppress(Exception):
+        try:
             session.conf.set(key, value)
+        except Exception as error:
+            if not _has(session, key, value):
+                refused[key] = str(error).partition("\n")[0]
+    if refused:
+        log.warning(
+            "the session refuses settings of ours and keeps its own values of %s",
+            ", ".join(refused),
+            extra={"reason": next(iter(refused.values()))},
+        )
+
+
+def _has(session: Any, key: str, value: str) -> bool:
+    """Whether the setting has this value; False where the session does not tell."""
+    try:
+        return session.conf.get(key, None) == value
+    except Exception:
+        return False
 
 
 def _submitted(settings: SparkSettings) -> dict[str, str]:
@@ -160,15 +184,16 @@ def _launch(configuration: dict[str, str]) -> None:
     if SparkContext._gateway is not None:
         return
     conf = SparkConf(loadDefaults=False).setAll(list(configuration.items()))
-    with Chatter() as chatter:
-        try:
-            gateway = launch_gateway(conf, {"stderr": chatter.pipe})
-        except PySparkRuntimeError as error:
-            packages = configuration.get("spark.jars.packages", "")
-            if chatter.said("unresolved dependency", "download failed", "not found"):
-                raise MachineError(
-                    f"Spark could not fetch {packages}: check the connection to the Maven repository, "
-                    "or remove half-fetched packages from ~/.m2 and ~/.ivy2.5.2"
-                ) from error
-            raise MachineError(f"Spark's JVM did not start: {chatter.last() or 'it said nothing'}") from error
+    jvm_log = JvmLog()
+    try:
+        with console.working(lambda: "starting Spark"), jvm_log:
+            gateway = launch_gateway(conf, {"stderr": jvm_log.pipe})
+    except PySparkRuntimeError as error:
+        packages = configuration.get("spark.jars.packages", "")
+        if jvm_log.said("unresolved dependency", "download failed", "not found"):
+            raise MachineError(
+                f"Spark could not fetch {packages}: check the connection to the Maven repository, "
+                "or remove half-fetched packages from ~/.m2 and ~/.ivy2.5.2"
+            ) from error
+        raise MachineError(f"Spark's JVM did not start: {jvm_log.last() or 'it said nothing'}") from error
     SparkContext._ensure_initialized(gateway=gateway)

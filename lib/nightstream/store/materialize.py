@@ -6,6 +6,7 @@ plan itself: to filter or to broadcast them takes no job.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from pyspark.sql import Column, DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import StructType
+
+log = logging.getLogger(__name__)
 
 LOCAL_ROWS = 20_000
 
@@ -70,7 +73,11 @@ def cut(
             return Cut.of(rows.sparkSession, table, rows.schema, {name: found.get(name) for name in totals})
     try:
         kept = rows.persist() if cached else rows.localCheckpoint()
-    except PySparkException:
+    except PySparkException as error:
+        log.warning(
+            "rows are neither cached nor checkpointed here, so they are computed again whenever they are read",
+            extra={"wanted": "cache" if cached else "checkpoint", "reason": str(error).partition("\n")[0]},
+        )
         kept = rows
     row = kept.agg(*columns, F.count(F.lit(1)).alias("_rows")).first()
     assert row is not None
