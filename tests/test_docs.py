@@ -52,3 +52,10 @@ def test_every_link_leads_somewhere(page):
         if not file.exists() or (anchor and anchor not in anchors(file.read_text(encoding="utf-8"))):
             broken.append(target)
     assert not broken
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=lambda page: page.name)
+def test_every_file_that_a_sentence_names_is_there(page):
+    text = _FENCED.sub("", page.read_text(encoding="utf-8"))
+    named = re.findall(r"`((?:conf|docs|jobs|lib|notebooks|streaming|tests)/[\w/.-]*)`", text)
+    assert not [path for path in named if not (ROOT / path).exists()]
