@@ -132,7 +132,7 @@ class Lists:
 
     rows: int32 [B, K], 1-based catalogue rows; 0 behind the last eligible item.
     scores: float32 [B, K], descending within a list.
-    strategies: int8 [B, K], index into explain.STRATEGIES.
+    strategies: int8 [B, K], index into strategies.STRATEGIES.
     because: int32 [B, K], the 1-based row of the window item that the reason names, 0 where none.
     vectors: float32 [B, D], the user vectors, unit length (all zero for a user with an empty window).
     """

@@ -31,6 +31,7 @@ from nightstream.models.encoders.base import gap_buckets
 from nightstream.models.encoders.item import ItemBatch
 from nightstream.models.ranking.candidate_sources import Sources
 from nightstream.models.ranking.candidates import Prepared, prepare
+from nightstream.models.ranking.rank_features import RankerFeatures
 from nightstream.models.ranking.ranker import Ranker
 from nightstream.models.ranking.recommend import empty_lists, recommend_block
 from nightstream.models.ranking.topk import BLOCK, unit
@@ -236,7 +237,8 @@ class Model:
             sources = Sources.from_arrays(load_arrays(artifacts["sources.safetensors"]))
             ranker = None
             if "ranker.ubj" in about["sha256"]:
-                ranker = Ranker.from_bytes(artifacts["ranker.ubj"], tuple(m.name for m in members))
+                reads = RankerFeatures(tuple(m.name for m in members), sources.names)
+                ranker = Ranker.from_bytes(artifacts["ranker.ubj"], reads)
             return cls(
                 about["item_ids"],
                 about["event_types"],

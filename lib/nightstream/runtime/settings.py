@@ -165,7 +165,7 @@ class FeatureSettings(Section):
 
 
 class TrainingSettings(Section):
-    encoders: tuple[Literal["gru", "cnn", "transformer"], ...] = Field(min_length=1)
+    encoders: tuple[str, ...] = Field(min_length=1)
     parallel_encoders: int = Field(ge=1, le=8)
     threads: int = Field(ge=1, le=256)
     epochs: int = Field(ge=1, le=1000)
@@ -175,6 +175,35 @@ class TrainingSettings(Section):
     local_mode: bool
     validation_fraction: float = Field(ge=0.001, le=0.4)
     ranking_fraction: float = Field(ge=0.001, le=0.4)
+
+
+class RetrievalSettings(Section):
+    reach: int = Field(ge=1, le=1000)
+    neighbours: int = Field(ge=1, le=10_000)
+    shrink: float = Field(ge=0, le=100_000)
+    history: int = Field(ge=1, le=100_000)
+    half_life_days: float | None = Field(gt=0, le=36_500)
+    trend_half_life_days: float | None = Field(gt=0, le=36_500)
+    prior_events: float = Field(ge=1, le=1_000_000)
+    recency: float = Field(gt=0, le=1)
+
+    @field_validator("half_life_days", "trend_half_life_days", mode="before")
+    @classmethod
+    def _auto_is_derived(cls, value: Any) -> Any:
+        return None if value == "auto" else value
+
+
+class RankingSettings(Section):
+    depth: int = Field(ge=1, le=12)
+    learning_rate: float = Field(gt=0, le=1)
+    trees: int = Field(ge=1, le=10_000)
+    patience: int = Field(ge=1, le=10_000)
+    min_child_weight: float = Field(ge=0, le=100_000)
+    column_share: float = Field(gt=0, le=1)
+    row_share: float = Field(gt=0, le=1)
+    l2: float = Field(ge=0, le=1_000_000)
+    label_limit: int = Field(ge=10, le=10_000_000)
+    threads: int = Field(ge=1, le=256)
 
 
 class GateSettings(Section):
@@ -216,6 +245,8 @@ class Settings(Section):
     window: WindowSettings
     features: FeatureSettings
     training: TrainingSettings
+    retrieval: RetrievalSettings
+    ranking: RankingSettings
     gate: GateSettings
     serving: ServingSettings
     evaluation: EvaluationSettings

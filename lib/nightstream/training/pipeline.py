@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from nightstream.models.encoders import EncoderSizes, ItemEncoder, ItemSizes, bu
 from nightstream.models.model import Member, Model
 from nightstream.models.ranking.candidate_sources import SourceSizes, fit_sources
 from nightstream.models.ranking.candidates import candidates, score_block
-from nightstream.models.ranking.rank_features import features
+from nightstream.models.ranking.rank_features import RankerFeatures, features
 from nightstream.models.ranking.ranker import LabelledGroups, RankerSizes, train_ranker
 from nightstream.models.ranking.topk import BLOCK
 from nightstream.training import batching
@@ -124,7 +124,7 @@ def learn(
         labels = batching.sampled_targets(sequences, RANK, spec.ranker.label_limit, spec.seed)
         groups = labelled_groups(first, sequences, catalogue, labels)
         held_out = labelled_groups(first, sequences, catalogue, valid)
-        ranker = train_ranker(groups, held_out, spec.encoders, spec.ranker, spec.seed)
+        ranker = train_ranker(groups, held_out, RankerFeatures(spec.encoders, sources.names), spec.ranker, spec.seed)
         if ranker is not None:
             ranked = Model(item_ids, event_types, members, sources, ranker)
             facts["with_ranker"] = _measure(ranked, sequences, catalogue, valid)
@@ -153,7 +153,7 @@ def labelled_groups(model: Model, sequences: Sequences, catalogue: Catalogue, ta
         vectors = model.encode_users(windows, catalogue)
         table = model.table(catalogue)
         scores = score_block(windows, vectors, table, model.sources, True)
-        columns = candidates(scores, table, 0)
+        columns = candidates(scores, table, model.sources, 0)
         values = features(scores, table, windows, model.sources, columns)
         valid = columns >= 0
         rows.append(values[valid])
@@ -260,8 +260,3 @@ def _train(
     weights = spec.weights or (1.0,) * len(spec.encoders)
     weight = weights[spec.encoders.index(job["encoder"])] / sum(weights)
     return Member(job["encoder"], items, sequence, weight, trained), history
-
-
-def describe(spec: LearnSpec) -> dict[str, Any]:
-    """The spec as plain values, for a model's record."""
-    return asdict(spec)

@@ -20,10 +20,14 @@ from pyspark.ml.torch.distributor import TorchDistributor
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+from nightstream.errors import SettingsError
 from nightstream.models.arrays import Sequences, UserFeatures
 from nightstream.models.bundle import FEATURES_FILE
+from nightstream.models.encoders.factory import ENCODERS
 from nightstream.models.features import FeatureStatistics, transform_items, transform_users
 from nightstream.models.model import Model
+from nightstream.models.ranking.ranker import RankerSizes
+from nightstream.models.ranking.sources.base import SourceSizes
 from nightstream.runtime import console
 from nightstream.runtime.settings import Settings
 from nightstream.training import splits
@@ -51,6 +55,7 @@ def fit(settings: Settings, events: DataFrame, items: DataFrame, users: DataFram
     events: live EVENTS rows of the types that enter a window. items: ITEMS rows of the whole catalogue.
     name: the scratch folder below storage.work_dir; it is removed at the end and resumed from after a crash.
     """
+    spec = learn_spec(settings)
     work = Path(settings.storage.work_dir) / name
     work.mkdir(parents=True, exist_ok=True)
     events = _newest(events, settings.training.max_events)
@@ -60,13 +65,6 @@ def fit(settings: Settings, events: DataFrame, items: DataFrame, users: DataFram
     item_ids = catalogue["item_id"].combine_chunks()
     _write(events, users, work)
     sequences = _sequences(work, item_ids, statistics)
-    spec = LearnSpec(
-        encoders=settings.training.encoders,
-        options={"window": settings.window.length, "epochs": settings.training.epochs},
-        seed=settings.training.seed,
-        threads=settings.training.threads,
-        parallel=settings.training.parallel_encoders,
-    )
     earlier: list[Model] = []
     with console.training_bar() as update:
         model = learn(
@@ -84,6 +82,46 @@ def fit(settings: Settings, events: DataFrame, items: DataFrame, users: DataFram
     features = {FEATURES_FILE: statistics.to_json().encode()}
     before_refit = earlier[0].to_artifacts() | features
     return Fitted(model.to_artifacts() | features, _flat(model.metrics), history, before_refit)
+
+
+def learn_spec(settings: Settings) -> LearnSpec:
+    """What the settings tell the learner.
+
+    Raises SettingsError for an encoder that nobody has registered.
+    """
+    training, retrieval, ranking = settings.training, settings.retrieval, settings.ranking
+    unknown = [name for name in training.encoders if name not in ENCODERS]
+    if unknown:
+        raise SettingsError([f"training.encoders: {', '.join(unknown)} not known; choose among {', '.join(ENCODERS)}"])
+    return LearnSpec(
+        encoders=training.encoders,
+        options={"window": settings.window.length, "epochs": training.epochs},
+        seed=training.seed,
+        threads=training.threads,
+        parallel=training.parallel_encoders,
+        sources=SourceSizes(
+            reach=retrieval.reach,
+            neighbours=retrieval.neighbours,
+            shrink=retrieval.shrink,
+            history=retrieval.history,
+            half_life_days=retrieval.half_life_days,
+            trend_half_life_days=retrieval.trend_half_life_days,
+            prior_events=retrieval.prior_events,
+            recency=retrieval.recency,
+        ),
+        ranker=RankerSizes(
+            depth=ranking.depth,
+            learning_rate=ranking.learning_rate,
+            trees=ranking.trees,
+            patience=ranking.patience,
+            min_child_weight=ranking.min_child_weight,
+            column_share=ranking.column_share,
+            row_share=ranking.row_share,
+            l2=ranking.l2,
+            label_limit=ranking.label_limit,
+            threads=ranking.threads,
+        ),
+    )
 
 
 def _history(work: Path) -> list[dict[str, Any]]:
