@@ -54,7 +54,7 @@ def run_example(heading: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # A dataclass looks its module up by name.
     monkeypatch.setitem(sys.modules, module.__name__, module)
     for block in blocks:
-        exec(compile(block, str(PAGE), "exec"), vars(module))
+        exec(compile(block, str(PAGE), "exec", dont_inherit=True), vars(module))
 
 
 def untrained_model(sequences: Sequences) -> Model:
@@ -129,10 +129,8 @@ def test_an_encoder_of_sequences_trains_and_encodes(tmp_path: Path, monkeypatch:
     assert history["encoder_sizes"]["kind"] == "mean"
     # Chance is about 0.15.
     assert max(h["ndcg@10"] for h in history["history"]) > 0.3
-    sizes = history["encoder_sizes"]
-    encoder = build_sequence_encoder(
-        EncoderSizes(**{**sizes, "user_categories": tuple(sizes["user_categories"])})
-    ).eval()
+    sizes = EncoderSizes(**{**history["encoder_sizes"], "user_categories": ()})
+    encoder = build_sequence_encoder(sizes).eval()
     encoder.load_state_dict({k[9:]: v for k, v in weights.items() if k.startswith("sequence.")})
     mask = torch.tensor([[False, True, True, True]])
     items = torch.nn.functional.normalize(torch.randn(1, 4, 16), dim=2) * mask.unsqueeze(2)
