@@ -6,7 +6,10 @@ import pytest
 from nightstream.errors import ArtifactError
 from nightstream.models.features import (
     CLIP,
+    MAX_VALUES,
+    Attributes,
     FeatureStatistics,
+    Scale,
     transform_items,
     transform_users,
     words_of,
@@ -129,3 +132,35 @@ def test_nothing_to_learn_from(spark):
     blank = transform_items(arrow(CATALOGUE, ITEMS), found)
     assert not blank.has_content
     assert np.isfinite(found.scale_values(pa.array([5.0]))).all()
+
+
+def test_a_skewed_number_is_scaled_by_its_logarithm():
+    found = Scale(mean=np.log1p(9.0), deviation=2.0, logarithmic=True).apply(np.array([9.0, 0.0, -3.0, np.nan]))
+    np.testing.assert_allclose(found, [0, -np.log1p(9.0) / 2, -np.log1p(9.0) / 2, 0], rtol=1e-6)
+    assert found.dtype == np.float32
+
+
+def test_a_number_is_clipped_on_both_sides():
+    found = Scale(mean=1.0, deviation=0.5).apply(np.array([1e9, -1e9, 3.25, 3.75, -1.25]))
+    assert found.tolist() == [CLIP, -CLIP, 4.5, CLIP, -4.5]
+
+
+def test_of_many_values_the_first_stay_and_of_an_empty_text_the_title():
+    values = tuple(f"v{n}" for n in range(MAX_VALUES + 3))
+    known = FeatureStatistics(
+        event_types=("view",),
+        value=Scale(mean=0.0, deviation=1.0),
+        items=Attributes(numbers={}, categories={"genre": values, "maker": ("m",)}),
+        users=Attributes(numbers={}, categories={}),
+        words=("a", "b"),
+        max_tokens=2,
+    )
+    rows = [("1", "b", "", {"genre": list(values)}, {}, True), ("2", "b", "a", {"maker": ["m"]}, {}, True)]
+    found = transform_items(arrow(rows, ITEMS), known)
+    genre, maker = found.categories
+    assert genre.tolist() == [list(range(2, MAX_VALUES + 2)), [0] * MAX_VALUES]
+    assert maker[:, 0].tolist() == [0, 2]
+    assert found.category_sizes == (len(values) + 2, 3)
+    assert found.tokens.tolist() == [[3, 0], [2, 0]]
+    assert found.vocabulary_size == 4
+    assert found.numbers.shape == (2, 0)

@@ -40,8 +40,13 @@ def test_score_ranks_equal_the_place_in_a_sorted_list(seed: int) -> None:
 
 
 def test_target_ranks_reads_places_and_knows_absent_targets_and_padding() -> None:
-    rows = np.array([[3, 1, 2], [3, 1, 0], [0, 0, 0]])
-    assert ranking_metrics.target_ranks(rows, np.array([2, 9, 0])).tolist() == [3, 0, 0]
+    rows = np.array([[3, 1, 2], [3, 1, 0], [3, 1, 0], [0, 0, 0]])
+    assert ranking_metrics.target_ranks(rows, np.array([2, 1, 9, 0])).tolist() == [3, 2, 0, 0]
+
+
+def test_gains_fall_with_the_rank_and_end_at_the_cutoff() -> None:
+    expected = [0.0, 1.0, 1 / math.log2(3), 0.5, 0.0, 0.0]
+    assert ranking_metrics.gains(np.array([0, 1, 2, 3, 4, 99]), 3).tolist() == pytest.approx(expected)
 
 
 def test_coverage_counts_distinct_items_and_no_padding() -> None:

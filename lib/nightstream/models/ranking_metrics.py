@@ -25,12 +25,15 @@ def hit_rate(ranks: np.ndarray, k: int) -> float:
     return float(((ranks > 0) & (ranks <= k)).mean()) if len(ranks) else 0.0
 
 
-def ndcg(ranks: np.ndarray, k: int) -> float:
-    """NDCG@k with one relevant item: the mean of 1 / log2(1 + rank), 0 beyond k (Järvelin & Kekäläinen, 2002)."""
-    if not len(ranks):
-        return 0.0
+def gains(ranks: np.ndarray, k: int) -> np.ndarray:
+    """float64 [B]: what each target adds to NDCG@k, 1 / log2(1 + rank) at ranks 1..k and 0 elsewhere."""
     hit = (ranks > 0) & (ranks <= k)
-    return float(np.where(hit, 1 / np.log2(1 + np.maximum(ranks, 1)), 0.0).mean())
+    return np.where(hit, 1 / np.log2(1 + np.maximum(ranks, 1)), 0.0)
+
+
+def ndcg(ranks: np.ndarray, k: int) -> float:
+    """NDCG@k with one relevant item: the mean of `gains` (Järvelin & Kekäläinen, 2002). 0 for no targets."""
+    return float(gains(ranks, k).mean()) if len(ranks) else 0.0
 
 
 def coverage(rows: np.ndarray, items: int) -> float:

@@ -22,6 +22,7 @@ from pyspark.sql import functions as F
 
 from nightstream.errors import SettingsError
 from nightstream.models.arrays import Sequences, UserFeatures
+from nightstream.models.arrow import combined, rows_of
 from nightstream.models.bundle import FEATURES_FILE
 from nightstream.models.encoders.factory import ENCODERS
 from nightstream.models.features import FeatureStatistics, transform_items, transform_users
@@ -170,8 +171,8 @@ def _sequences(work: Path, item_ids: pa.Array, statistics: FeatureStatistics) ->
     types = pa.array(statistics.event_types, pa.string())
     return Sequences(
         offsets=np.concatenate([starts, [len(users)]]).astype(np.int64),
-        items=_positions(table["item_id"], item_ids),
-        types=_positions(table["event_type"], types),
+        items=rows_of(combined(table["item_id"]), item_ids).astype(np.int32),
+        types=rows_of(combined(table["event_type"]), types).astype(np.int32),
         times=np.asarray(table["event_time"].cast(pa.timestamp("us")).cast(pa.int64())),
         values=statistics.scale_values(table["value"].combine_chunks()),
         roles=np.asarray(table["role"], dtype=np.int8),
@@ -183,11 +184,6 @@ def _user_features(work: Path, user_ids: pa.Array, statistics: FeatureStatistics
     described = _read(work / "users")
     place = pc.index_in(user_ids, value_set=described["user_id"].combine_chunks())
     return transform_users(described.select(["categories", "numbers"]).take(place), statistics)
-
-
-def _positions(values: pa.ChunkedArray, ids: pa.Array) -> np.ndarray:
-    found = pc.index_in(values.combine_chunks().cast(ids.type), value_set=ids)
-    return (np.asarray(pc.fill_null(found, -1)) + 1).astype(np.int32)
 
 
 def _launcher(settings: Settings, update: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], Any]:
