@@ -12,6 +12,7 @@ import torch
 from learning_data import make_windows, ring_sequences
 from nightstream.errors import ArtifactError
 from nightstream.models.arrays import RANK, TRAIN, VALID, Catalogue, ItemFeatures, UserFeatures
+from nightstream.models.artifacts import from_artifacts, to_artifacts
 from nightstream.models.model import Model
 from nightstream.models.ranking.ranker import RankerSizes
 from nightstream.models.ranking.strategies import STRATEGIES
@@ -202,7 +203,7 @@ def test_a_hole_in_a_window_and_more_places_than_needed_do_not_matter(model: Mod
 
 
 def test_artifacts_there_and_back_give_the_same_lists(model: Model, catalogue: Catalogue) -> None:
-    again = Model.from_artifacts(model.to_artifacts())
+    again = from_artifacts(to_artifacts(model))
     assert (again.window_length, again.event_types) == (6, ["event"])
     vectors = again.encode_items(content(list(range(1, ITEMS + 1))), IDS)
     np.testing.assert_array_equal(vectors, catalogue.vectors)
@@ -213,17 +214,17 @@ def test_artifacts_there_and_back_give_the_same_lists(model: Model, catalogue: C
 
 
 def test_missing_and_damaged_artifacts_are_refused(model: Model) -> None:
-    files = model.to_artifacts()
+    files = to_artifacts(model)
     for name in files:
         with pytest.raises(ArtifactError):
-            Model.from_artifacts({k: v for k, v in files.items() if k != name})
+            from_artifacts({k: v for k, v in files.items() if k != name})
         with pytest.raises(ArtifactError):
-            Model.from_artifacts(files | {name: files[name][: len(files[name]) // 2]})
+            from_artifacts(files | {name: files[name][: len(files[name]) // 2]})
         if name != "model.json":
             flipped = bytearray(files[name])
             flipped[-3] ^= 1
             with pytest.raises(ArtifactError, match=name):
-                Model.from_artifacts(files | {name: bytes(flipped)})
+                from_artifacts(files | {name: bytes(flipped)})
 
 
 def test_items_with_other_attributes_and_vectors_of_another_model_are_refused(
@@ -248,8 +249,8 @@ def test_learning_again_in_the_same_directory_trains_nothing(model: Model, work:
         raise AssertionError(f"{job['name']} was trained again")
 
     again = learn(histories(), content(list(range(1, ITEMS + 1))), IDS, ["event"], SPEC, never, work)
-    assert {k: v for k, v in again.to_artifacts().items() if k.startswith("encoder")} == {
-        k: v for k, v in model.to_artifacts().items() if k.startswith("encoder")
+    assert {k: v for k, v in to_artifacts(again).items() if k.startswith("encoder")} == {
+        k: v for k, v in to_artifacts(model).items() if k.startswith("encoder")
     }
 
 

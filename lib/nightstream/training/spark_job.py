@@ -21,6 +21,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from nightstream.models.arrays import Sequences, UserFeatures
+from nightstream.models.artifacts import to_artifacts
 from nightstream.models.bundle import FEATURES_FILE
 from nightstream.models.features import FeatureStatistics, transform_items, transform_users
 from nightstream.models.model import Model
@@ -82,8 +83,8 @@ def fit(settings: Settings, events: DataFrame, items: DataFrame, users: DataFram
     history = _history(work / "learning")
     shutil.rmtree(work)
     features = {FEATURES_FILE: statistics.to_json().encode()}
-    before_refit = earlier[0].to_artifacts() | features
-    return Fitted(model.to_artifacts() | features, _flat(model.metrics), history, before_refit)
+    before_refit = to_artifacts(earlier[0]) | features
+    return Fitted(to_artifacts(model) | features, _flat(model.metrics), history, before_refit)
 
 
 def _history(work: Path) -> list[dict[str, Any]]:

@@ -86,7 +86,7 @@ class ItemEncoder(nn.Module):
         """Unit vectors [M, D]."""
         ids = items.ids
         if self.training and self.sizes.has_content and self.sizes.id_dropout > 0:
-            ids = torch.where(torch.rand(ids.shape) < self.sizes.id_dropout, 0, ids)
+            ids = torch.where(torch.rand(ids.shape, device=ids.device) < self.sizes.id_dropout, 0, ids)
         total = self.ids(ids)
         if self.numbers is not None:
             total = total + self.numbers(items.numbers)
