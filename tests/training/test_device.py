@@ -172,4 +172,13 @@ def test_spark_hands_out_the_gpus_that_it_has(
     spark: Any = Session(**gpus)
     chosen = spark_job._device(loaded, spark)
     assert (chosen, spark_job._uses_spark_gpus(loaded, chosen, spark)) == expected
-    assert spark_job.learn_spec(loaded, chosen).device == chosen
+
+
+@pytest.mark.parametrize("local", ["true", "false"])
+def test_cuda_is_refused_where_neither_the_machine_nor_spark_has_a_gpu(
+    local: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    spark: Any = Session()
+    with pytest.raises(MachineError, match="there is no GPU to train on here; set it to auto or cpu"):
+        spark_job._device(settings.load([BASE], ["training.device=cuda", f"training.local_mode={local}"]), spark)

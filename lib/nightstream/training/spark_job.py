@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ def fit(settings: Settings, events: DataFrame, items: DataFrame, users: DataFram
     name: the scratch folder below storage.work_dir; it is removed at the end and resumed from after a crash.
     MachineError if training.device is cuda and there is no GPU for each process.
     """
-    chosen = _device(settings, events.sparkSession)
+    spark = events.sparkSession
+    spec = replace(learn_spec(settings), device=_device(settings, spark))
     work = Path(settings.storage.work_dir) / name
     work.mkdir(parents=True, exist_ok=True)
     events = _newest(events, settings.training.max_events)
@@ -66,7 +67,6 @@ def fit(settings: Settings, events: DataFrame, items: DataFrame, users: DataFram
     item_ids = catalogue["item_id"].combine_chunks()
     _write(events, users, work)
     sequences = _sequences(work, item_ids, statistics)
-    spec = learn_spec(settings, chosen)
     earlier: list[Model] = []
     with console.training_bar() as update:
         model = learn(
@@ -75,7 +75,7 @@ def fit(settings: Settings, events: DataFrame, items: DataFrame, users: DataFram
             item_ids.to_pylist(),
             list(statistics.event_types),
             spec,
-            _launcher(settings, _uses_spark_gpus(settings, chosen, events.sparkSession), update),
+            _launcher(settings, _uses_spark_gpus(settings, spec.device, spark), update),
             work / "learning",
             before_refit=earlier.append,
         )
@@ -86,15 +86,14 @@ def fit(settings: Settings, events: DataFrame, items: DataFrame, users: DataFram
     return Fitted(to_artifacts(model) | features, _flat(model.metrics), history, before_refit)
 
 
-def learn_spec(settings: Settings, chosen: str = "cpu") -> LearnSpec:
-    """What the settings tell the learner; chosen: its device, cpu or cuda."""
+def learn_spec(settings: Settings) -> LearnSpec:
+    """What the settings tell the learner; on the CPU, whatever they say of GPUs."""
     training = settings.training
     return LearnSpec(
         encoders=training.encoders,
         options=_options(settings),
         seed=training.seed,
         threads=training.threads,
-        device=chosen,
         parallel=training.parallel_encoders,
     )
 
