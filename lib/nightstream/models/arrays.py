@@ -44,6 +44,15 @@ class ItemFeatures:
     def has_content(self) -> bool:
         return bool(self.numbers.shape[1] or self.categories or self.tokens.shape[1])
 
+    def take(self, rows: np.ndarray) -> ItemFeatures:
+        return ItemFeatures(
+            self.numbers[rows],
+            tuple(c[rows] for c in self.categories),
+            self.category_sizes,
+            self.tokens[rows],
+            self.vocabulary_size,
+        )
+
 
 @dataclass(frozen=True)
 class UserFeatures:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from nightstream.errors import SettingsError
 from nightstream.runtime import secrets
@@ -164,6 +164,42 @@ class FeatureSettings(Section):
     max_category_values: int = Field(ge=1, le=1_000_000)
 
 
+AutoInt = int | Literal["auto"]
+AutoFloat = float | Literal["auto"]
+
+
+def _auto_or(low: float, high: float, whole: bool = False) -> BeforeValidator:
+    """Lets "auto" and numbers from low to high pass, so that a wrong value gives one sentence and not one per type."""
+
+    def check(value: Any) -> Any:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+        if value != "auto" and not (number and low <= value <= high and (not whole or value == int(value))):
+            raise ValueError(f"write auto or a {'whole ' if whole else ''}number from {low} to {high}")
+        return value
+
+    return BeforeValidator(check)
+
+
+class TrainingOptions(Section):
+    """Sizes of every encoder and of its training; training/hyperparameters has the rules that "auto" stands for."""
+
+    width: Annotated[AutoInt, _auto_or(4, 4096, whole=True)]
+    hidden: Annotated[AutoInt, _auto_or(4, 16_384, whole=True)]
+    layers: Annotated[AutoInt, _auto_or(1, 24, whole=True)]
+    heads: Annotated[AutoInt, _auto_or(1, 64, whole=True)]
+    span: Annotated[AutoInt, _auto_or(1, 100, whole=True)]
+    dropout: Annotated[AutoFloat, _auto_or(0, 0.9)]
+    text: str
+    id_dropout: Annotated[AutoFloat, _auto_or(0, 0.9)]
+    learning_rate: Annotated[AutoFloat, _auto_or(1e-6, 1)]
+    weight_decay: Annotated[AutoFloat, _auto_or(0, 1)]
+    positions: Annotated[AutoInt, _auto_or(1, 1_000_000, whole=True)]
+    negatives: Annotated[AutoInt, _auto_or(0, 1_000_000, whole=True)]
+    scale: Annotated[AutoFloat, _auto_or(0.1, 100)]
+    patience: Annotated[AutoInt, _auto_or(1, 1000, whole=True)]
+    valid_limit: Annotated[AutoInt, _auto_or(1, 10_000_000, whole=True)]
+
+
 class TrainingSettings(Section):
     encoders: tuple[str, ...] = Field(min_length=1)
     parallel_encoders: int = Field(ge=1, le=8)
@@ -173,8 +209,10 @@ class TrainingSettings(Section):
     seed: int
     processes: int = Field(ge=1, le=64)
     local_mode: bool
+    device: Literal["auto", "cpu", "cuda"]
     validation_fraction: float = Field(ge=0.001, le=0.4)
     ranking_fraction: float = Field(ge=0.001, le=0.4)
+    options: TrainingOptions
 
 
 class RetrievalSettings(Section):

@@ -33,12 +33,13 @@ class TextConvolution(ContentEncoder):
         shifts = len(words) * torch.arange(3, device=tokens.device)
         places = torch.stack([around[:, :-2][used], around[:, 1:-1][used], around[:, 2:][used]], 1) + shifts
         answers = functional.relu(functional.embedding_bag(places, products, mode="sum") + self.convolution.bias)
-        # Texts of one length are a block without padding.
+        # Texts of one length are a block without padding. Those of no word get zeros by a sum over nothing, so that the
+        # convolution has a gradient even where no item has text.
         counts = length.bincount(minlength=1).tolist()
         parts = answers.split([n * count for n, count in enumerate(counts)])
         strongest = torch.cat(
             [
-                part.view(count, n, -1).max(1).values if n else part.new_zeros(count, part.shape[1])
+                part.view(count, n, -1).max(1).values if n else part.sum(0).expand(count, -1)
                 for n, (part, count) in enumerate(zip(parts, counts, strict=True))
                 if count or not n
             ]
