@@ -70,8 +70,8 @@ def test_an_older_revision_never_overwrites_a_newer_one(storage, spark):
 def test_the_newest_of_several_commits_wherever_their_rows_are(storage, spark, on_driver):
     first = refreshed(spark, ("u", 2, ["a"]), ("v", 1, ["b"]), on_driver=on_driver[0])
     second = refreshed(spark, ("u", 1, ["old"]), ("w", 1, ["c"]), on_driver=on_driver[1])
-    commits = [commits.commit(storage, rows, "test", number, AT) for number, rows in enumerate((first, second))]
-    found = commits.newest_committed(storage, commits).rows
+    both = [commits.commit(storage, rows, "test", number, AT) for number, rows in enumerate((first, second))]
+    found = commits.newest_committed(storage, both).rows
     assert {(r.user_id, r.revision, r.writer, r.batch_id) for r in found.collect()} == {
         ("u", 2, "test", 0),
         ("v", 1, "test", 0),
