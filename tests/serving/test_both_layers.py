@@ -250,8 +250,8 @@ def test_killed_between_any_two_writes_it_ends_in_the_undisturbed_state(spark, n
         if broken.startswith("append:"):
             write = Storage.append
 
-            def append(self, spec, frame, transaction=None):
-                write(self, spec, frame, transaction)
+            def append(self, spec, frame):
+                write(self, spec, frame)
                 if spec.name == REFRESHES.name:
                     crash()
 
@@ -277,10 +277,10 @@ def test_what_was_half_booked_comes_again_under_another_checkpoint_and_counts_on
     layer = started(storage, settings)
     write = Storage.append
 
-    def append(self, spec, frame, transaction=None):
+    def append(self, spec, frame):
         if spec.name == EVENTS.name:
             crash()
-        write(self, spec, frame, transaction)
+        write(self, spec, frame)
 
     with monkeypatch.context() as patched:
         patched.setattr(Storage, "append", append)

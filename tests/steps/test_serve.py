@@ -82,10 +82,10 @@ def test_a_restart_goes_on_and_a_deleted_checkpoint_changes_nothing(spark, night
     world.drop(settings.stream.path, "b", [*rows[20:], "garbage"])
     append = Storage.append
 
-    def refused(self, spec, rows, transaction=None):
+    def refused(self, spec, rows):
         if spec is METRICS:
             raise OSError("no space left for metrics")
-        append(self, spec, rows, transaction)
+        append(self, spec, rows)
 
     with monkeypatch.context() as patched:
         patched.setattr(Storage, "append", refused)

@@ -133,7 +133,6 @@ class SpeedLayer:
                 self.writer,
                 batch_id,
                 self.clock(),
-                fresh=True,
                 refolded=recorded.refold_users,
                 attempts=settings.serving.merge_attempts,
             )
@@ -178,7 +177,7 @@ class SpeedLayer:
         now = self.clock()
         writer = f"{self._writer_of()} between micro-batches"
         number = int(now.timestamp() * 1e6)
-        committed = commits.commit(self.storage, refreshed, writer, number, now, fresh=True)
+        committed = commits.commit(self.storage, refreshed, writer, number, now)
         self.known_users.committed(committed)
         self.follower.add(committed)
         log.info("handed over", extra={"users": refreshed.totals["users"], "model_version": self.payload.model_version})

@@ -14,7 +14,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 from pyspark.sql.streaming.readwriter import DataStreamWriter
 
-from nightstream.errors import NightstreamError, TableError, WriterBusyError
+from nightstream.errors import TableError
 from nightstream.ingest import sources
 from nightstream.ingest.ledger import parsed
 from nightstream.monitoring.batch_report import BatchReport
@@ -22,6 +22,7 @@ from nightstream.monitoring.freshness import make_view
 from nightstream.monitoring.monitor import Monitor
 from nightstream.runtime.clock import utc_now
 from nightstream.runtime.settings import Settings
+from nightstream.runtime.spark_errors import ours_in
 from nightstream.serving.speed_layer import SpeedLayer
 from nightstream.store.lease import Lease
 from nightstream.store.storage import Storage
@@ -127,7 +128,7 @@ def run(
             except Exception as error:
                 vain_starts = vain_starts + 1 if counts["batches"] == batches else 1
                 if not _has_new_columns(error) or vain_starts > MOST_VAIN_STARTS:
-                    raise _ours(error) from error
+                    raise ours_in(error) or error from error
             log.warning(
                 "the columns of the source have changed: reading them anew", extra={"path": settings.stream.path}
             )
@@ -155,13 +156,3 @@ def writer_of(spark: SparkSession, checkpoint: str) -> str:
 def _has_new_columns(error: Exception) -> bool:
     """Whether a Delta source stopped the query because its schema has changed; a query started anew goes on."""
     return any(name in str(error) for name in ("DELTA_SCHEMA_CHANGED", "DELTA_STREAMING_METADATA_EVOLUTION"))
-
-
-def _ours(error: Exception) -> Exception:
-    """Spark wraps what a micro-batch raises; give a NightstreamError back as itself."""
-    text = str(error)
-    for kind in (WriterBusyError, TableError, NightstreamError):
-        marker = f"{kind.__module__}.{kind.__name__}: "
-        if marker in text:
-            return kind(text.split(marker, 1)[1].splitlines()[0])
-    return error

@@ -16,8 +16,9 @@ import pyarrow as pa
 from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import StructType
+
+from nightstream.store.tables import arrow_schema
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class Cut:
     def of(cls, spark: SparkSession, table: pa.Table, schema: StructType, totals: Mapping[str, Any]) -> Cut:
         """Rows that are on the driver."""
         # One type wherever the rows were computed: tables of several origins can be put together.
-        table = table.cast(to_arrow_schema(schema, timezone="UTC"))
+        table = table.cast(arrow_schema(schema))
         # One partition: what groups or orders these rows next needs no shuffle.
         return cls(spark.createDataFrame(table, schema).coalesce(1), dict(totals), table)
 
