@@ -69,7 +69,7 @@ def test_every_option_reaches_the_size_of_its_name(name: str) -> None:
 def test_a_wrong_option_is_refused_in_one_sentence_and_its_range_stands_in_base(name: str) -> None:
     for wrong in ("-1", "9e9", "many", "true", "[1]", ".nan"):
         with pytest.raises(SettingsError) as raised:
-            loaded(**{name: wrong})
+            learn_spec(loaded(**{name: wrong}))
         (problem,) = raised.value.problems
         assert problem.startswith(f"training.options.{name}: ")
     (line,) = re.findall(rf"^    {name}: auto +# (.*)$", BASE.read_text(encoding="utf-8"), re.MULTILINE)
