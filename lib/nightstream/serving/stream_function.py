@@ -15,15 +15,19 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
+from typing import Protocol
 
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql.streaming.query import StreamingQuery
 
 from nightstream.errors import TableError
 from nightstream.monitoring.batch_report import BatchReport
 from nightstream.monitoring.monitor import Monitor
 from nightstream.runtime.clock import utc_now
 from nightstream.runtime.settings import Settings
+from nightstream.serving import commits
 from nightstream.serving.speed_layer import SpeedLayer
+from nightstream.store import registry
 from nightstream.store.lease import Lease
 from nightstream.store.storage import Storage
 
@@ -64,6 +68,86 @@ class StreamFunction:
         state.micro_batch(arrived, batch_id)
 
 
+class Stream(Protocol):
+    """What the process that starts the query does for its function, in a `with` block around the query.
+
+    counts: of what the micro-batches did; `batches` is among them.
+    """
+
+    counts: dict[str, int]
+
+    def __enter__(self) -> Stream: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def start(self) -> None:
+        """Make ready for the first micro-batch of a query; see SpeedLayer.start."""
+
+    def watch(self, query: StreamingQuery, until_idle: bool) -> None:
+        """What is to be done every second while the query runs. Raises what its MERGEs have met.
+
+        until_idle: whether the query ends by itself when it has worked off what is there.
+        """
+
+    def stop(self, query: StreamingQuery) -> None:
+        """End the query."""
+
+    def settle(self) -> None:
+        """Wait until all that is committed is merged. Raises what the MERGEs have met."""
+
+    def summary(self) -> dict[str, float]:
+        """The counts, and what was measured."""
+
+
+class ShippedStream:
+    """The client's side of a stream whose function runs on a Spark Connect server.
+
+    The function has the lease there, and tells log and metrics what it does. Here Spark's progress is counted.
+    """
+
+    def __init__(self, spark: SparkSession, settings: Settings) -> None:
+        """Raises TableError where no model is published."""
+        self.storage, self.settings = Storage(spark, settings.storage), settings
+        self.counts = {"batches": 0, "input_rows": 0}
+        self._counted: set[tuple[str, int]] = set()
+        registry.published(self.storage)
+
+    def __enter__(self) -> ShippedStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return
+
+    def start(self) -> None:
+        return
+
+    def watch(self, query: StreamingQuery, until_idle: bool) -> None:
+        for progress in query.recentProgress:
+            key = (str(progress.runId), progress.batchId)
+            if progress.numInputRows and key not in self._counted:
+                self._counted.add(key)
+                self.counts["batches"] += 1
+                self.counts["input_rows"] += progress.numInputRows
+
+    def stop(self, query: StreamingQuery) -> None:
+        self.watch(query, until_idle=True)
+        query.stop()
+
+    def settle(self) -> None:
+        """The server ends the function's process with the query, whatever it has not merged yet: it is merged here."""
+        serving = self.settings.serving
+        # The lease is the checkpoint's, so it comes here at once, and that process can write no more.
+        with lease_of(self.storage, self.settings):
+            commits.merge_tail(self.storage, commits.Layout.of(self.storage, serving.top_k), serving.merge_attempts)
+
+    def summary(self) -> dict[str, float]:
+        return {**self.counts}
+
+
 class StreamState:
     """What a stream keeps between its micro-batches: the lease of the serving tables, the speed layer, the monitor.
 
@@ -99,7 +183,7 @@ class StreamState:
                 stack.enter_context(each)
             _STATES[self.run_id] = self
             stack.callback(_STATES.pop, self.run_id)
-            stack.callback(self.stop)
+            stack.callback(self._let_end)
             self._held = stack.pop_all()
         return self
 
@@ -133,14 +217,24 @@ class StreamState:
         finally:
             self._running.release()
 
-    def stop(self) -> None:
+    def watch(self, query: StreamingQuery, until_idle: bool) -> None:
+        if not until_idle:
+            self.between_batches()
+
+    def stop(self, query: StreamingQuery) -> None:
+        self._let_end()
+        query.stop()
+
+    def _let_end(self) -> None:
         """Let the micro-batch that runs end, and no other begin."""
         with self._running:
             self._stopped.set()
 
     def settle(self) -> None:
-        """Wait until all that is committed is merged. Raises what the MERGEs have met."""
         self.layer.settle()
+
+    def summary(self) -> dict[str, float]:
+        return {**self.counts, **self.monitor.summary()}
 
     def keep_up(self) -> None:
         """Call `between_batches` until the state stops: for a process in which nobody else does."""

@@ -16,8 +16,10 @@ from nightstream.ingest import sources
 from nightstream.ingest.ledger import parsed
 from nightstream.monitoring.batch_report import BatchReport
 from nightstream.monitoring.freshness import make_view
+from nightstream.runtime.session import is_remote
 from nightstream.runtime.settings import Settings
-from nightstream.serving.stream_function import QUERY, StreamFunction, StreamState
+from nightstream.serving.stream_function import QUERY, ShippedStream, Stream, StreamFunction, StreamState
+from nightstream.store.storage import Storage
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 1
@@ -38,39 +40,53 @@ def run(
 
     until_idle: work off what is there and end. max_batches: end after so many micro-batches. on_start: called when the
     query takes events. stop: asked every second.
-    Returns the number of micro-batches, events and refreshed users, and the percentiles of Monitor.summary.
-    Raises TableError where no model is published, WriterBusyError where another process writes the serving tables.
+    Returns the number of micro-batches, events and refreshed users, and the percentiles of Monitor.summary; over Spark
+    Connect the number of micro-batches and their rows.
+    Raises NightstreamError for on_batch over Spark Connect, TableError where no model is published, WriterBusyError
+    where another process writes the serving tables.
     """
     function = StreamFunction(settings, uuid.uuid4().hex)
-    state = StreamState(spark, settings, function.run_id, on_batch or (lambda report: None))
+    stream = _stream(spark, function, on_batch)
 
     def is_over() -> bool:
-        return stop() or (max_batches is not None and state.counts["batches"] >= max_batches)
+        return stop() or (max_batches is not None and stream.counts["batches"] >= max_batches)
 
     first = _writer(spark, function, until_idle)
-    with state:
-        state.start()
-        make_view(state.storage, settings)
+    with stream:
+        stream.start()
+        make_view(Storage(spark, settings.storage), settings)
         query = first.start()
         on_start()
         vain_starts, batches = 0, 0
         while True:
             try:
-                _run_out(query, state, until_idle, is_over)
+                _run_out(query, stream, until_idle, is_over)
                 break
             except Exception as error:
-                vain_starts = vain_starts + 1 if state.counts["batches"] == batches else 1
+                vain_starts = vain_starts + 1 if stream.counts["batches"] == batches else 1
                 if not _has_new_columns(error) or vain_starts > MOST_VAIN_STARTS:
                     raise _ours(error) from error
             log.warning(
                 "the columns of the source have changed: reading them anew", extra={"path": settings.stream.path}
             )
-            batches = state.counts["batches"]
-            state.settle()
-            state.start()
+            batches = stream.counts["batches"]
+            stream.settle()
+            stream.start()
             query = _writer(spark, function, until_idle).start()
-        state.settle()
-    return {**state.counts, **state.monitor.summary()}
+        stream.settle()
+    return stream.summary()
+
+
+def _stream(spark: SparkSession, function: StreamFunction, on_batch: Callable[[BatchReport], None] | None) -> Stream:
+    """The function's state, or over Spark Connect, where that lives on the server, what stands for it here."""
+    if not is_remote(spark):
+        return StreamState(spark, function.settings, function.run_id, on_batch or (lambda report: None))
+    if on_batch is not None:
+        raise NightstreamError(
+            "over Spark Connect micro-batches run on the server and report to its log and to metrics, not here; "
+            "run this command with spark.remote: null"
+        )
+    return ShippedStream(spark, function.settings)
 
 
 def _writer(spark: SparkSession, function: StreamFunction, until_idle: bool) -> DataStreamWriter:
@@ -85,17 +101,15 @@ def _writer(spark: SparkSession, function: StreamFunction, until_idle: bool) -> 
     return writer.queryName(QUERY)
 
 
-def _run_out(query: StreamingQuery, state: StreamState, until_idle: bool, is_over: Callable[[], bool]) -> None:
+def _run_out(query: StreamingQuery, stream: Stream, until_idle: bool, is_over: Callable[[], bool]) -> None:
     """Wait until the query is to end, and end it. Raises what it has met."""
     try:
         while not query.awaitTermination(POLL_SECONDS):
-            if not until_idle:
-                state.between_batches()
+            stream.watch(query, until_idle)
             if is_over():
                 return
     finally:
-        state.stop()
-        query.stop()
+        stream.stop(query)
 
 
 def _has_new_columns(error: Exception) -> bool:
