@@ -134,6 +134,7 @@ def test_unreadable_files_and_overrides_come_at_once(tmp_path):
         "gate.min_events=0",
         "gate.sample_events=10",
         "storage.kind=cloud",
+        "spark.remote=localhost:15002",
         "evaluation.delays_seconds=[]",
         "evaluation.delays_seconds=[-1]",
         "events.min_value=1e10",
@@ -187,6 +188,13 @@ def test_a_secret_in_plain_text_is_refused_and_not_repeated(options):
     (problem,) = problems(overrides=[f"stream.options={options}"])
     assert "stream.options" in problem
     assert not re.search("hush|1234|pre-", problem)
+
+
+@pytest.mark.parametrize("remote", ["sc://host:443/;token=hush", "host:443/;token=hush"])
+def test_a_token_in_the_address_of_a_server_is_refused_and_not_repeated(remote):
+    (problem,) = problems(overrides=[f"spark.remote={remote}"])
+    assert "spark.remote" in problem
+    assert "hush" not in problem
 
 
 def test_references_and_harmless_options_pass():

@@ -6,11 +6,14 @@ import logging
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from nightstream.errors import MachineError
 from nightstream.runtime import console
@@ -19,6 +22,7 @@ from nightstream.runtime.settings import SparkSettings
 
 log = logging.getLogger(__name__)
 
+DEFAULT_CONNECT_PORT = 15002
 SUPPORTED_JAVA = (17, 21)
 _WANTED = "install Java 17 or 21 (on Debian: apt-get install openjdk-17-jre-headless) and set JAVA_HOME to it"
 _EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
@@ -41,16 +45,20 @@ def check_java() -> None:
 
 
 def build(settings: SparkSettings, app_name: str = "nightstream", extra: dict[str, str] | None = None):
-    """The running session where there is one (Databricks, Spark Connect), else one of our own, with Delta.
+    """The running session where there is one (Databricks), one on the Spark Connect server that SPARK_REMOTE or
+    spark.remote names, else one of our own, with Delta.
 
     Under spark-submit its settings win over ours. `extra` are Spark settings on top of all.
-    Raises MachineError for a missing or wrong Java and where the packages cannot be fetched.
+    Raises MachineError for a missing or wrong Java, where the packages cannot be fetched and where no server answers.
     """
     from pyspark.sql import SparkSession
 
     session = SparkSession.getActiveSession()
-    if session is None and ("DATABRICKS_RUNTIME_VERSION" in os.environ or "SPARK_REMOTE" in os.environ):
+    remote = os.environ.get("SPARK_REMOTE") or settings.remote
+    if session is None and "DATABRICKS_RUNTIME_VERSION" in os.environ:
         session = SparkSession.builder.appName(app_name).getOrCreate()
+    elif session is None and remote is not None:
+        session = _connected(remote, app_name)
     if session is not None:
         _set_what_can_be({**_common(settings), **(extra or {})}, session)
         return session
@@ -65,6 +73,33 @@ def build(settings: SparkSettings, app_name: str = "nightstream", extra: dict[st
     session = builder.getOrCreate()
     session.conf.set("spark.sql.session.timeZone", "UTC")
     return session
+
+
+def is_remote(session: Any) -> bool:
+    """Whether a session is one of Spark Connect."""
+    return type(session).__module__.startswith("pyspark.sql.connect.")
+
+
+def _connected(remote: str, app_name: str) -> Any:
+    """A session on a Spark Connect server. remote: sc://host:port, with parameters behind it where the server asks for
+    them. Raises MachineError where nobody answers there, and where this Python lacks the client."""
+    # What follows host and port may hold a token.
+    server = urlsplit(remote)
+    shown = f"sc://{server.hostname}:{server.port or DEFAULT_CONNECT_PORT}"
+    if not getproxies():
+        # The client itself would try for ten minutes.
+        try:
+            socket.create_connection((server.hostname or "", server.port or DEFAULT_CONNECT_PORT), 10).close()
+        except OSError as error:
+            raise MachineError(
+                f"no Spark Connect server answers at {shown} ({error}); start it, or mend spark.remote or SPARK_REMOTE"
+            ) from error
+    from pyspark.sql import SparkSession
+
+    try:
+        return SparkSession.builder.remote(remote).appName(app_name).getOrCreate()
+    except ImportError as error:
+        raise MachineError(f"Spark Connect needs more of PySpark: pip install 'pyspark[connect]' ({error})") from error
 
 
 def _common(settings: SparkSettings) -> dict[str, str]:

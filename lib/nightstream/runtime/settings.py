@@ -20,7 +20,7 @@ from nightstream.runtime import secrets
 CONF = (Path(__file__).parents[1] / "conf").resolve()
 EVENT_COLUMNS = ("event_id", "user_id", "item_id", "event_type", "event_time", "value", "retracts")
 # Nothing that was given there is shown in a message: it may be a secret.
-_CONFIDENTIAL = ("stream", "options")
+_CONFIDENTIAL = (("stream", "options"), ("spark", "remote"))
 
 
 class Section(BaseModel):
@@ -35,11 +35,19 @@ class StorageSettings(Section):
 
 class SparkSettings(Section):
     master: str
+    remote: str | None = Field(pattern=r"^sc://[^/;\s]+")
     driver_memory: str = Field(pattern=r"^\d+[mg]$")
     shuffle_partitions: int = Field(ge=1, le=10_000)
     adaptive: bool
     warehouse: str = Field(min_length=1)
     packages: tuple[str, ...]
+
+    @field_validator("remote")
+    @classmethod
+    def _no_token(cls, remote: str | None) -> str | None:
+        if remote is not None and "token=" in remote:
+            raise ValueError("holds a token in plain text; give the whole address by the variable SPARK_REMOTE instead")
+        return remote
 
 
 class EventSettings(Section):
@@ -424,6 +432,6 @@ def _sentence(error: Any) -> str:
     if error["type"] == "missing":
         return f"{key} is missing"
     message = error["msg"].removeprefix("Value error, ")
-    hidden = isinstance(error["input"], dict) or error["loc"][:2] == _CONFIDENTIAL
+    hidden = isinstance(error["input"], dict) or error["loc"][:2] in _CONFIDENTIAL
     given = "" if hidden else f" (given: {error['input']!r})"
     return f"{key}: {message[0].lower()}{message[1:]}{given}"

@@ -23,7 +23,10 @@ from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame, DataFrameWriter, SparkSession
 
 from nightstream.errors import TableError
+from nightstream.runtime.session import is_remote
 from nightstream.runtime.settings import StorageSettings
+from nightstream.store import delta_sql
+from nightstream.store.delta_sql import SqlTable
 from nightstream.store.tables import TableSpec
 
 log = logging.getLogger(__name__)
@@ -63,7 +66,7 @@ class Storage:
     def sql_name(self, spec: TableSpec) -> str:
         """What the table is called in SQL."""
         location = self.location(spec)
-        return location if self._by_name else "delta.`" + location.replace("`", "``") + "`"
+        return location if self._by_name else delta_sql.path_name(location)
 
     def create_view(self, name: str, query: str) -> None:
         """Create or replace a view beside the tables; for storage.kind catalog only."""
@@ -76,12 +79,17 @@ class Storage:
     def exists(self, spec: TableSpec) -> bool:
         if self._by_name:
             return self.spark.catalog.tableExists(self.location(spec))
+        if is_remote(self.spark):
+            return delta_sql.exists(self.spark, self.sql_name(spec))
         return DeltaTable.isDeltaTable(self.spark, self.location(spec))
 
     def create(self, *specs: TableSpec) -> None:
         """Create each table that is not there yet, empty."""
         for spec in specs:
             if self.exists(spec):
+                continue
+            if is_remote(self.spark):
+                delta_sql.create(self.spark, self.sql_name(spec), spec)
                 continue
             builder = DeltaTable.createIfNotExists(self.spark).addColumns(spec.schema).comment(spec.grain)
             builder = builder.tableName(self.location(spec)) if self._by_name else builder.location(self.location(spec))
@@ -137,8 +145,10 @@ class Storage:
             writer = writer.partitionBy(partition)
         self._save(spec, writer)
 
-    def table(self, spec: TableSpec) -> DeltaTable:
+    def table(self, spec: TableSpec) -> DeltaTable | SqlTable:
         self.create(spec)
+        if is_remote(self.spark):
+            return SqlTable(self.spark, self.sql_name(spec))
         if self._by_name:
             return DeltaTable.forName(self.spark, self.location(spec))
         return DeltaTable.forPath(self.spark, self.location(spec))
