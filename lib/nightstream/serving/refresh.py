@@ -192,7 +192,8 @@ def _entries(lists, loaded: Loaded) -> pa.ListArray:
     ranks = (np.arange(lists.rows.shape[1], dtype=np.int32) + 1)[None, :].repeat(len(lists.rows), axis=0)
     catalogue = loaded.catalogue
     because = lists.because[held]
-    strategies = [STRATEGIES[s] for s in lists.strategies[held].tolist()]
+    known = list(STRATEGIES)
+    strategies = [known[s] for s in lists.strategies[held].tolist()]
     titles = names(catalogue.titles, because)
     entry = pa.StructArray.from_arrays(
         [

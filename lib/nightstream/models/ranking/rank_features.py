@@ -12,7 +12,7 @@ from nightstream.models.ranking.candidate_sources import Sources
 from nightstream.models.ranking.candidates import Prepared, Scores, as_source_sees
 from nightstream.models.ranking.sources.base import Feature, highest, place
 from nightstream.models.ranking.sources.registry import SOURCES
-from nightstream.models.ranking.strategies import SEQUENCE, STRATEGIES
+from nightstream.models.ranking.strategies import SEQUENCE, known_strategies
 from nightstream.models.ranking.topk import unit
 
 ENSEMBLE_FEATURES = (
@@ -44,7 +44,7 @@ class RankerFeatures:
 
     def groups(self) -> np.ndarray:
         """int64 [F]: index into STRATEGIES of each column, −1 where a column is nobody's reason."""
-        place_of = {name: place for place, name in enumerate(STRATEGIES)}
+        place_of = {name: place for place, name in enumerate(known_strategies())}
         return np.asarray([place_of.get(strategy, -1) for _, strategy in self._columns()])
 
     def linear_terms(self) -> tuple[np.ndarray, np.ndarray]:

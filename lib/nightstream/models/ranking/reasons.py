@@ -11,7 +11,7 @@ from nightstream.models.ranking.rank_features import RECENT_EVENTS, RankerFeatur
 from nightstream.models.ranking.ranker import Ranker
 from nightstream.models.ranking.sources.segments import Segments
 from nightstream.models.ranking.sources.shares import Popularity
-from nightstream.models.ranking.strategies import CONTENT, SEQUENCE, STRATEGIES
+from nightstream.models.ranking.strategies import CONTENT, SEQUENCE, STRATEGIES, known_strategies
 
 
 def strongest_group(contributions: np.ndarray, groups: np.ndarray, allowed: np.ndarray) -> np.ndarray:
@@ -69,7 +69,7 @@ def explain(
     rows, places = np.nonzero(lists.rows)
     if not len(rows):
         return
-    index = {name: place for place, name in enumerate(STRATEGIES)}
+    index = {name: place for place, name in enumerate(known_strategies())}
     chosen = lists.rows[rows, places].astype(np.int64)
     cold = table.to_vocabulary[chosen] == 0
     with_window = np.asarray((windows.items > 0).any(1))[rows]
@@ -99,7 +99,7 @@ def _because(
     """int32 [N]: the window item that a reason names. For a source the event that adds most to its score, exactly; for
     the vectors the recent event most similar to the item in the space that scored it."""
     out = np.zeros(len(rows), np.int32)
-    names = np.asarray(STRATEGIES)[strategy]
+    names = np.asarray(list(known_strategies()))[strategy]
     for name in {source.strategy.name for source in sources.fitted.values()}:
         pick = np.flatnonzero(names == name)
         if len(pick):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import overload
 
-from nightstream.models.ranking.sources.base import Strategy
+from nightstream.models.ranking.sources.base import CandidateSource, Strategy
 from nightstream.models.ranking.sources.registry import SOURCES
 
 SEQUENCE = Strategy("sequence", "Goes with “{title}” and what you turned to lately", "Fits what you turned to lately")
@@ -14,7 +15,13 @@ CONTENT = Strategy("content", "New, and similar to “{title}”", "New, and sim
 
 def known_strategies() -> dict[str, Strategy]:
     """By name: the two of the encoders, then those of the registered sources in the registry's order."""
-    return {s.name: s for s in (SEQUENCE, CONTENT, *(source.strategy for source in SOURCES.values()))}
+    return _strategies(tuple(SOURCES.values()))
+
+
+@lru_cache(maxsize=1)
+def _strategies(sources: tuple[type[CandidateSource], ...]) -> dict[str, Strategy]:
+    # Kept, because every entry of every list asks for its sentence.
+    return {s.name: s for s in (SEQUENCE, CONTENT, *(source.strategy for source in sources))}
 
 
 class _Names(Sequence[str]):
