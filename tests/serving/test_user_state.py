@@ -57,7 +57,7 @@ def reference(events: list[tuple]) -> tuple[list, list, bool]:
     for e in viewed:
         newest[e[3]] = max(newest.get(e[3], 0), e[2])
     seen = sorted((second, f"i{item}") for item, second in newest.items())
-    return [(f"e{e[0]}", e[2]) for e in window], seen[-SEEN_LIMIT:], len(seen) > SEEN_LIMIT
+    return [(f"e{e[0]}", e[2], f"h{e[1]}") for e in window], seen[-SEEN_LIMIT:], len(seen) > SEEN_LIMIT
 
 
 def table(events: list[tuple]) -> pa.Table:
@@ -74,7 +74,7 @@ def as_plain(row: dict) -> tuple[list, list, bool]:
     def seconds(time):
         return round((time - EPOCH).total_seconds())
 
-    window = [(e["event_id"], seconds(e["event_time"])) for e in row["window"]]
+    window = [(e["event_id"], seconds(e["event_time"]), e["content_hash"]) for e in row["window"]]
     return window, [(seconds(s["event_time"]), s["item_id"]) for s in row["seen"]], row["seen_overflowed"]
 
 
@@ -117,6 +117,11 @@ def test_what_leaves_seen_is_handed_out_and_the_revision_is_kept():
     assert [s["item_id"] for s in row["overflow"]] == ["i0", "i1", "i2"]
     assert [s["item_id"] for s in row["seen"]] == ["i3", "i4", "i5", "i6", "i7"]
     assert row["seen_overflowed"]
+
+
+def test_a_user_who_has_overflowed_stays_one_who_has():
+    state = pa.table([["u"], [7], [[]], [[]], [True]], schema=STATES)
+    assert folded(state, rows_of("u", [(1, 0, 1, 1, "view")]))["seen_overflowed"].to_pylist() == [True]
 
 
 def test_a_user_with_only_impressions_is_known_with_an_empty_window():
