@@ -6,12 +6,13 @@ from datetime import UTC, datetime
 
 import pytest
 import world
+from nightstream.errors import SettingsError
 from nightstream.runtime import clock
 from nightstream.runtime.settings import validate
 from nightstream.serving import speed_layer
-from nightstream.steps import apply, ingest, train
+from nightstream.steps import apply, ingest, nightly, train
 from nightstream.store import registry
-from nightstream.store.tables import ITEM_EMBEDDINGS, MODEL_ARTIFACTS, MODELS, UNFOLDED, USER_VECTORS
+from nightstream.store.tables import ITEM_EMBEDDINGS, MODEL_ARTIFACTS, MODELS, RAW_EVENTS, UNFOLDED, USER_VECTORS
 from states import assert_merged, assert_same, recomputed
 
 SAME_NIGHT = datetime(2024, 1, 1, tzinfo=UTC)
@@ -25,6 +26,16 @@ def test_what_may_serve_is_not_trained_again_under_its_name(spark, night):
     told = train.run(spark, settings, SAME_NIGHT)
     assert told == {"model_version": published.model_version, "metrics": published.metrics}
     assert [storage.version(spec) for spec in tables] == before
+
+
+def test_an_encoder_that_nobody_knows_ends_the_night_before_it_writes(spark, night):
+    storage, settings = night("misspelt")
+    before = storage.version(RAW_EVENTS)
+    document = settings.model_dump(mode="json")
+    document["training"]["encoders"] = ["lstm"]
+    with pytest.raises(SettingsError, match=r"training\.encoders: lstm not known"):
+        nightly.run(spark, validate(document), SAME_NIGHT)
+    assert storage.version(RAW_EVENTS) == before
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from nightstream.runtime import console
 from nightstream.runtime.settings import Settings
 from nightstream.steps import apply, freshness, ingest, publish, train
 from nightstream.store.storage import Storage
+from nightstream.training import spark_job
 
 
 def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, Any]:
@@ -21,7 +22,11 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, A
     rejects the new model, the published one serves on: apply brings everyone's list up to the night's events under it,
     and RejectedError is raised at the end. Beside a running stream it trains on the events that the tables hold, those
     of the stream included.
+
+    Raises SettingsError, and nothing is written, for an encoder that nobody has registered.
     """
+    # What the settings tell the learner is checked before anything is written.
+    spark_job.learn_spec(settings)
     told: dict[str, Any] = {}
     with console.working(lambda: "ingest"):
         told["ingest"] = ingest.run(spark, settings, beside_stream=True)
