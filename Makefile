@@ -81,7 +81,7 @@ test-faults: venv ## stream and night killed at every write and many moments, a 
 	@$(BIN)/pytest -m faults
 
 demo: venv data ## MovieLens-100k from end to end; writes out/ and ends with the path of its report
-	@$(BIN)/nightstream demo --settings conf/movielens.yaml --settings conf/local.yaml --settings conf/demo.yaml
+	@$(BIN)/nightstream demo --settings movielens --settings demo
 
 # The broker is a Java process of its own; its JARs, its settings and what it stores lie below out/kafka.
 kafka: venv ## a Kafka broker to try the stream with, at 127.0.0.1:9092, until Ctrl-C
@@ -99,5 +99,5 @@ lock: venv ## renew requirements.lock and requirements-data.lock after a change 
 	    --no-header --no-annotate --no-emit-index-url --output-file requirements-data.lock --quiet
 
 clean: ## delete what runs leave behind (out, caches, Spark's droppings); .venv and data stay
-	@rm -rf out .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis spark-warehouse metastore_db derby.log
+	@rm -rf out build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis spark-warehouse metastore_db derby.log
 	@find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

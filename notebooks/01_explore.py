@@ -4,9 +4,9 @@
 # MAGIC Walks through what the nightly job left behind: the books of what arrived, the rejected payloads, the item
 # MAGIC embeddings in two dimensions, and one user's window and list. It reads; it changes nothing.
 # MAGIC
-# MAGIC On Databricks the widget `settings` names the settings files, separated by commas. Elsewhere run
-# MAGIC `NIGHTSTREAM_SETTINGS=conf/movielens.yaml,conf/local.yaml python notebooks/01_explore.py`; pictures then go to
-# MAGIC the folder of NIGHTSTREAM_PLOTS, if that is set.
+# MAGIC On Databricks the widget `settings` names the settings files and overlays, separated by commas. Elsewhere run
+# MAGIC `NIGHTSTREAM_SETTINGS=movielens,mine.yaml python notebooks/01_explore.py`; pictures then go to the folder of
+# MAGIC NIGHTSTREAM_PLOTS, if that is set.
 
 # COMMAND ----------
 
@@ -33,10 +33,10 @@ from nightstream.store.tables import (
 )
 
 if "dbutils" in globals():
-    dbutils.widgets.text("settings", "../conf/base.yaml,../conf/databricks.yaml")  # noqa: F821
+    dbutils.widgets.text("settings", "databricks")  # noqa: F821
     files = dbutils.widgets.get("settings").split(",")  # noqa: F821
 else:
-    files = os.environ.get("NIGHTSTREAM_SETTINGS", "conf/movielens.yaml,conf/local.yaml").split(",")
+    files = os.environ.get("NIGHTSTREAM_SETTINGS", "movielens").split(",")
 
 overrides = [o for o in os.environ.get("NIGHTSTREAM_SET", "").split(";") if o]
 settings = configuration.load(files, overrides)

@@ -14,7 +14,20 @@ LIBRARY = ROOT / "lib" / "nightstream"
 # What names nothing of Spark: numpy, torch and XGBoost only. A folder stands for all that is in it.
 WITHOUT_SPARK = (
     "models",
-    *(f"training/{name}" for name in ("trainer", "pipeline", "batching", "hyperparameters", "losses")),
+    *(
+        f"training/{name}"
+        for name in (
+            "batching",
+            "checkpoint",
+            "hyperparameters",
+            "losses",
+            "objective",
+            "pipeline",
+            "recommender",
+            "trainer",
+            "validation",
+        )
+    ),
 )
 # DataFrame -> DataFrame, with the values that they need as arguments.
 PURE_FRAMES = (

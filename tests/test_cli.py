@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import runpy
 import subprocess
 import sys
 import types
@@ -15,10 +16,12 @@ from pathlib import Path
 import pytest
 from nightstream import cli
 from nightstream.errors import NightstreamError, RejectedError, SourceError
+from nightstream.runtime import settings
 from pyspark.errors import AnalysisException
 
 ROOT = Path(__file__).parent.parent
 BASE = str(ROOT / "conf" / "base.yaml")
+FILES = sorted(path for folder in ("jobs", "streaming") for path in (ROOT / folder).glob("*.py"))
 COMMANDS = ("ingest", "train", "publish", "apply", "nightly", "evaluate", "serve", "freshness", "demo")
 
 
@@ -85,8 +88,19 @@ def test_no_arguments_show_the_commands(capsys):
     assert all(re.search(rf"^  {c} ", shown, re.MULTILINE) for c in COMMANDS)
 
 
-def test_help_imports_neither_spark_nor_torch():
-    code = "import sys, nightstream.cli; print([m for m in ('pyspark', 'torch', 'xgboost') if m in sys.modules])"
+def test_help_says_where_settings_come_from(capsys):
+    call("--help")
+    shown = "".join(capsys.readouterr().out.split())
+    assert str(settings.CONF) in shown
+    assert ",".join(settings.overlays()) in shown
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [("nightstream.cli", ["pyspark", "torch", "xgboost"]), ("nightstream.steps.ingest", ["torch", "xgboost"])],
+)
+def test_what_starts_often_imports_little(module, unwanted):
+    code = f"import sys, {module}; print([m for m in {unwanted} if m in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
 
@@ -97,6 +111,7 @@ def test_help_imports_neither_spark_nor_torch():
         (["frobnicate"], "frobnicate"),
         (["train"], "--settings"),
         (["train", "--settings", "nowhere/x.yaml"], "nowhere/x.yaml"),
+        (["train", "--settings", "moveilens"], "movielens"),
         (["train", "--settings", BASE, "--frob"], "--frob"),
         (["train", "--settings", BASE, "--as-of", "tomorrow"], "tomorrow"),
         (["serve", "--settings", BASE, "--max-batches", "0"], "--max-batches"),
@@ -199,12 +214,22 @@ def test_json_log_carries_the_sentence_too(step, capsys):
     }
 
 
-@pytest.mark.parametrize("name", [p.stem for p in sorted((ROOT / "jobs").glob("*.py"))])
-def test_each_job_is_a_command(name):
-    assert name in COMMANDS
-    text = (ROOT / "jobs" / f"{name}.py").read_text(encoding="utf-8")
-    assert f"from nightstream.steps.{name} import run" in text
-    assert f'run_file("{name}")' in text
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_a_file_for_spark_submit_runs_the_command_of_its_name(path, step, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_stop_on_signals", lambda stopping: None)
+    seen = step(path.stem, {"from": path.stem})
+    monkeypatch.setattr(sys, "argv", [str(path), "--settings", "movielens", "--set", "serving.top_k=7"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(path), run_name="__main__")
+    assert stopped.value.code == 0
+    assert (seen.settings.sources.events.format, seen.settings.serving.top_k) == ("recbole", 7)
+    assert json.loads(capsys.readouterr().out) == {"from": path.stem}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_a_file_for_spark_submit_offers_the_run_of_its_step(path):
+    run = runpy.run_path(str(path))["run"]
+    assert (run.__module__, run.__name__) == (f"nightstream.steps.{path.stem}", "run")
 
 
 @pytest.mark.slow

@@ -28,14 +28,23 @@ log = logging.getLogger(__name__)
 app = typer.Typer(
     name="nightstream",
     help="A recommender in the lambda architecture: nightly jobs learn, a streaming query keeps every list fresh.",
-    epilog="Every command reads conf/base.yaml beside the first --settings file, then the files in order, then --set.",
+    epilog=(
+        "Every command reads base.yaml, then the --settings in order, then --set. base.yaml is the one beside the "
+        f"first --settings file, or else the one in {settings.CONF}. The overlays there need no path: "
+        f"{', '.join(settings.overlays())}."
+    ),
     add_completion=False,
     rich_markup_mode=None,
 )
 
 Files = Annotated[
-    list[Path],
-    typer.Option("--settings", metavar="FILE", help="Settings file; repeat it, later files win.", show_default=False),
+    list[str],
+    typer.Option(
+        "--settings",
+        metavar="FILE",
+        help="Settings file, or the name of an overlay such as movielens; repeat it, later ones win.",
+        show_default=False,
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -255,7 +264,7 @@ def seconds(text: str | None) -> list[float] | None:
 
 def _run(
     step: str,
-    files: Sequence[Path],
+    files: Sequence[str],
     overrides: Sequence[str] | None,
     log_json: bool,
     quiet: bool = False,

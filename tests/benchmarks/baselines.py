@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from nightstream.models import ranking_metrics
 from nightstream.models.arrays import RANK, TRAIN, Sequences
-from nightstream.models.ranking.candidate_sources import strongest
+from nightstream.models.ranking.sources.neighbours import strongest
 from nightstream.models.ranking.topk import best_columns, exclude
 from scipy import sparse
 

@@ -16,8 +16,8 @@ from baselines import Baseline, Fusion, Histories, ItemKNN, Popular, best_rows, 
 from measuring import VALID_LIMIT, BaselineLister, Log, log_of, records
 from nightstream.evaluation import offline, protocol
 from nightstream.models.arrays import RANK, TRAIN, VALID
+from nightstream.models.artifacts import from_artifacts, to_artifacts
 from nightstream.models.bundle import FEATURES_FILE
-from nightstream.models.model import Model
 from nightstream.runtime import console
 from nightstream.runtime.settings import Settings
 from nightstream.training import batching
@@ -125,11 +125,11 @@ class Bench:
         trained = time.monotonic()
         console.say(f"{name} trained in {trained - start:.0f} s: {told(fitted.metrics)}")
         self._judge(self._served(own, files), name, True, seed, start)
-        model = Model.from_artifacts({n: data for n, data in files.items() if n != FEATURES_FILE})
+        model = from_artifacts({n: data for n, data in files.items() if n != FEATURES_FILE})
         if model.ranker is None:
             console.say(f"{name}: the ranker was no better on validation, so the lists are the encoders' own")
         if name != "default":
-            bare = model.only(name).to_artifacts() | {FEATURES_FILE: files[FEATURES_FILE]}
+            bare = to_artifacts(model.only(name)) | {FEATURES_FILE: files[FEATURES_FILE]}
             # Both rows share one training, and the time of each counts it.
             self._judge(self._served(own, bare), name, False, seed, time.monotonic() - (trained - start))
 

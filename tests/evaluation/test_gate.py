@@ -10,8 +10,8 @@ import torch
 import world
 from nightstream.errors import RejectedError
 from nightstream.evaluation import gate
+from nightstream.models.artifacts import from_artifacts, to_artifacts
 from nightstream.models.bundle import FEATURES_FILE, Payload
-from nightstream.models.model import Model
 from nightstream.serving import catalogue
 from nightstream.steps import nightly, publish
 from nightstream.store import registry
@@ -110,13 +110,13 @@ def test_sampled_are_the_same_events_whatever_their_order_and_none_from_outside(
 def damaged(files: dict[str, bytes]) -> dict[str, bytes]:
     """The model with a sequence encoder of random weights, and no ranker to mend it."""
     features = files[FEATURES_FILE]
-    model = Model.from_artifacts({k: v for k, v in files.items() if k != FEATURES_FILE})
+    model = from_artifacts({k: v for k, v in files.items() if k != FEATURES_FILE})
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.members[0].sequence.parameters():
             parameter.normal_()
     model.ranker = None
-    return model.to_artifacts() | {FEATURES_FILE: features}
+    return to_artifacts(model) | {FEATURES_FILE: features}
 
 
 def trained(storage, version: str, at: datetime, serving_part: bool, early_part: bool) -> None:

@@ -18,7 +18,7 @@ from nightstream.models.arrays import Sequences, Windows
 from nightstream.models.arrow import combined, rows_of
 from nightstream.models.features import Attributes, FeatureStatistics, Scale
 from nightstream.serving.refresh import windows_of
-from nightstream.serving.user_state import STATES, TIME, FoldRules, fold
+from nightstream.serving.user_state import EVENT_COLUMNS, STATES, FoldRules, fold
 from nightstream.store.tables import EVENTS
 from nightstream.training import batching
 
@@ -100,7 +100,11 @@ def named(found: list[History]) -> dict[str, History]:
 
 def arrow(rows: list[tuple]) -> pa.Table:
     columns = list(zip(*rows, strict=True)) or [[] for _ in EVENTS.schema]
-    kinds = {"event_time": TIME, "arrival_time": TIME, "value": pa.float64()}
+    kinds = {
+        "event_time": EVENT_COLUMNS["event_time"],
+        "arrival_time": EVENT_COLUMNS["event_time"],
+        "value": pa.float64(),
+    }
     named_columns = zip(EVENTS.schema.names, columns, strict=True)
     return pa.table({name: pa.array(values, kinds.get(name, pa.string())) for name, values in named_columns})
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from nightstream import cli
-from nightstream.ingest import ledger
+from nightstream.ingest import booking
 from nightstream.serving import commits, speed_layer
 from nightstream.store.storage import Storage
 
@@ -95,7 +95,7 @@ class Fault:
 
 def install(fault: Fault) -> None:
     named = [(commits, "_merge_states", "user_vectors"), (commits, "_merge_lists", "recommendations")]
-    for owner, name, table in [*named, (ledger._Booking, "_merge", "events")]:
+    for owner, name, table in [*named, (booking, "supersede", "events")]:
         around = fault.around("merge", lambda *_, table=table: table, getattr(owner, name))
         setattr(owner, name, around)
     Storage.append = fault.around("append", lambda self, spec, *_: spec.name, Storage.append)

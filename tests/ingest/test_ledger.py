@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from nightstream.errors import TableError
-from nightstream.ingest import ledger
+from nightstream.ingest import booking, ledger, resolve
 from nightstream.ingest.id_filter import KnownIds
 from nightstream.ingest.ledger import Counts, check
 from nightstream.runtime.settings import load
@@ -122,8 +122,8 @@ def test_known_ids_spare_the_table_and_change_nothing(spark, settings, storage, 
     record(storage, payloads(spark, FIRST, "f1"), settings)
     known = KnownIds.of(storage.read(EVENTS))
     asked = []
-    resolve = ledger._Booking._resolve
-    monkeypatch.setattr(ledger._Booking, "_resolve", lambda self, before: asked.append(1) or resolve(self, before))
+    known_of = resolve.known
+    monkeypatch.setattr(resolve, "known", lambda *arguments: asked.append(1) or known_of(*arguments))
     found = record(storage, payloads(spark, batch, "f2"), settings, True, fresh=True, known_ids=known)
     new = len({json.loads(x)["event_id"] for x in batch} - {"a"})
     assert found.counts == Counts(2, new, 0, 2 - new)
@@ -139,7 +139,8 @@ def test_a_batch_too_large_for_the_driver_is_known_to_the_next_one(spark, settin
     known = KnownIds.of(storage.read_or_empty(EVENTS))
     cut = ledger.cut
     with monkeypatch.context() as patched:
-        patched.setattr(ledger, "cut", lambda rows, totals, **options: cut(rows, totals, **{**options, "limit": 0}))
+        for module in (ledger, booking):
+            patched.setattr(module, "cut", lambda rows, totals, **options: cut(rows, totals, **{**options, "limit": 0}))
         large = record(storage, payloads(spark, FIRST, "f1"), settings, True, fresh=True, known_ids=known)
     assert large.accepted_table is None
     again = record(storage, payloads(spark, [line("a", "u1"), line("n")], "f2"), settings, True, known_ids=known)
@@ -212,7 +213,7 @@ def test_a_crash_at_any_write_is_mended_by_a_replay(
     when, what = point.split()
     first, undisturbed = recorded
     shutil.copytree(first, settings.storage.root)
-    append, merge = Storage.append, ledger._Booking._merge
+    append, merge = Storage.append, booking.supersede
 
     def crashing(real, name):
         def write(self, *arguments):
@@ -226,7 +227,7 @@ def test_a_crash_at_any_write_is_mended_by_a_replay(
 
     with monkeypatch.context() as patch:
         patch.setattr(Storage, "append", crashing(append, None))
-        patch.setattr(ledger._Booking, "_merge", crashing(merge, "merge"))
+        patch.setattr(booking, "supersede", crashing(merge, "merge"))
         with pytest.raises(Crash):
             record(storage, payloads(spark, SECOND, "f2"), settings, micro_batch)
     replayed = record(storage, payloads(spark, SECOND, "f2"), settings, micro_batch)

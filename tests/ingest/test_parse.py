@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import zlib
 from datetime import UTC, datetime
@@ -9,7 +8,7 @@ from datetime import UTC, datetime
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from nightstream.ingest import history, parse, resolve
+from nightstream.ingest import parse
 from nightstream.runtime.settings import EventSettings
 from nightstream.store.tables import EVENTS, RAW_EVENTS
 from pyspark.sql import functions as F
@@ -267,61 +266,3 @@ def test_no_payload_breaks_the_job_and_each_gets_a_verdict(spark, lines):
         assert (row.reason in parse.REASONS and row.event_id is None) or (
             row.field is None and row.user_id and row.event_id
         )
-
-
-def event(event_id, second, content, raw_id, user="u"):
-    time = datetime.fromtimestamp(second, UTC)
-    return (event_id, user, "i", "view", time, None, None, content, raw_id, ARRIVAL)
-
-
-def expected_outcomes(batch, stored):
-    """The rule written down row by row."""
-    result = {}
-    for row in batch:
-        rivals = [r for r in batch if r[0] == row[0]]
-        old = next((s for s in stored if s[0] == row[0]), None)
-        new = [r for r in rivals if old is None or r[8] != old[8]]
-        best = max(new, key=lambda r: (r[4], r[7], r[8]), default=None)
-        kept = best if best and (old is None or (best[4], best[7]) > (old[4], old[7])) else old
-        if old is not None and row[8] == old[8]:
-            outcome = resolve.STORED
-        elif row is kept:
-            outcome = resolve.NEW if old is None else resolve.SUPERSEDING
-        else:
-            outcome = resolve.DUPLICATE
-        result[row[8]] = (outcome, kept[8])
-    return result
-
-
-def test_resolve_follows_the_rule_in_every_small_case(spark):
-    """Up to two rows of a batch against a stored event or none: later, earlier or equal in time and content."""
-    versions = [(1, "a"), (1, "b"), (2, "a")]
-    batch, stored = [], []
-    for number, (old, *new) in enumerate(itertools.product([None, *versions], versions, [None, *versions])):
-        name = f"e{number}"
-        if old is not None:
-            stored.append(event(name, *old, f"{name}-r1"))
-        for place, version in zip(("0", "2"), new, strict=True):
-            if version is not None:
-                batch.append(event(name, *version, f"{name}-r{place}"))
-        if old is not None and number % 2:
-            batch.append(event(name, *old, f"{name}-r1"))
-    rows = resolve.resolve(spark.createDataFrame(batch, EVENTS.schema), spark.createDataFrame(stored, EVENTS.schema))
-    found = {r.raw_id: (r.outcome, r.kept_raw_id) for r in rows.select("raw_id", "outcome", "kept_raw_id").collect()}
-    expected = expected_outcomes(batch, stored)
-    assert found == expected
-    assert {o for o, _ in expected.values()} == {resolve.NEW, resolve.SUPERSEDING, resolve.STORED, resolve.DUPLICATE}
-
-
-def test_a_retraction_is_a_tombstone_before_and_after(spark):
-    names = EVENTS.schema.names
-    retraction = dict(zip(names, event("r", 1, "c", "raw"), strict=True)) | {"event_type": "retract", "retracts": "e1"}
-    rows = [event("e1", 5, "a", "1"), event("e2", 5, "a", "2"), tuple(retraction[n] for n in names)]
-    events = spark.createDataFrame(rows, EVENTS.schema)
-    assert [r.event_id for r in history.live(events, "retract").collect()] == ["e2"]
-    known = {
-        r.event_id: r for r in resolve.known(events, events.select(F.lit("e1").alias("event_id")), "retract").collect()
-    }
-    assert set(known) == {"e1"}
-    assert known["e1"].retracted
-    assert known["e1"].old.raw_id == "1"

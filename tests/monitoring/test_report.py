@@ -116,7 +116,24 @@ def test_every_section_shows_its_data(page):
         "12.0%",
     ):
         assert wanted in text, wanted
-    assert [a["id"] for t, a in parsed(page).tags if a.get("class") == "figure"] == ["quality", "training", "delays"]
+    assert [a["id"] for _, a in parsed(page).tags if a.get("class") == "figure"] == FIGURES
+
+
+FIGURES = ["quality-hr", "quality-ndcg", "training-loss", "training-ndcg", "delays"]
+
+
+def test_a_bar_goes_from_the_lists_lowest_score_to_its_best():
+    low = report.LOWEST_BAR
+    assert report.bars([2.0, 0.0, -2.0]) == pytest.approx([100, (100 + low) / 2, low])
+    assert report.bars([-0.5, -0.75, -1.5]) == pytest.approx([100, low + (100 - low) * 0.75, low])
+    assert report.bars([-3.0, -3.0]) == [100, 100]
+    assert report.bars([]) == []
+
+
+def test_scores_are_numbers_in_the_details_alone(page):
+    shown, _, details = page.partition("<summary>The scores</summary>")
+    assert re.findall(r">\s*0\.333\s*<", details)
+    assert not re.findall(r">\s*0\.333\s*<", shown)
 
 
 def test_strings_from_the_data_stay_text(page):
@@ -131,25 +148,29 @@ def test_an_empty_run_makes_a_page_that_says_so():
 
 
 def test_training_curves_hold_each_epoch_of_the_validated_runs():
-    figure = report_figures.training(HISTORY)
-    assert figure is not None
-    assert {(t["name"], tuple(t["x"])) for t in figure["data"]} == {
-        (n, tuple(range(1, 9))) for n in ("cnn", "gru", "transformer")
-    }
-    assert all(99.0 not in t["y"] for t in figure["data"])
-    loss = next(t for t in figure["data"] if t["name"] == "gru")
-    assert loss["y"] == pytest.approx([6.5 / e for e in range(1, 9)])
+    chart = report_figures.training(HISTORY)
+    assert chart is not None
+    assert [line.name for line in chart.lines] == ["cnn", "gru", "transformer"]
+    loss, ndcg = (panel.figure["data"] for panel in chart.panels)
+    for traces in (loss, ndcg):
+        assert {(t["name"], tuple(t["x"])) for t in traces} == {
+            (n, tuple(range(1, 9))) for n in ("cnn", "gru", "transformer")
+        }
+    assert all(99.0 not in t["y"] for t in loss)
+    assert next(t for t in loss if t["name"] == "gru")["y"] == pytest.approx([6.5 / e for e in range(1, 9)])
 
 
 def test_quality_goes_from_fresh_to_frozen():
-    figure = report_figures.quality(QUALITY)
-    assert figure is not None
-    ndcg = next(t for t in figure["data"] if t["name"].startswith("all"))
-    assert ndcg["x"] == ["at once", "1 s", "1 min", "1 h", "night only"]
-    assert ndcg["y"] == pytest.approx([0.06, 0.059, 0.055, 0.04, 0.03])
+    chart = report_figures.quality(QUALITY)
+    assert chart is not None
+    ndcg = next(panel.figure for panel in chart.panels if panel.key == "quality-ndcg")
+    everyone = next(t for t in ndcg["data"] if t["name"].startswith("all"))
+    assert everyone["x"] == ["at once", "1 s", "1 min", "1 h", "night only"]
+    assert everyone["y"] == pytest.approx([0.06, 0.059, 0.055, 0.04, 0.03])
+    assert ndcg["layout"]["xaxis"]["categoryarray"] == everyone["x"]
 
 
 def test_figures_in_the_page_are_json(page):
     text = re.search(r"^const figures = (.*);$", page, re.MULTILINE)
     assert text is not None
-    assert set(json.loads(text[1])) == {"training", "quality", "delays"}
+    assert set(json.loads(text[1])) == set(FIGURES)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from mypy import build, find_sources, nodes, options, types
 from nightstream.errors import SettingsError
 from nightstream.runtime import settings
 
@@ -29,6 +30,48 @@ def test_every_file_in_conf_is_valid(name):
 
 def test_base_is_read_without_being_named():
     assert settings.load([CONF / "movielens.yaml"]).window == settings.load([BASE]).window
+
+
+def test_a_file_away_from_conf_lies_on_the_base_of_the_package(tmp_path):
+    (tmp_path / "mine.yaml").write_text("serving: {top_k: 5}\n", encoding="utf-8")
+    mine, base = settings.load([tmp_path / "mine.yaml"]), settings.load([BASE])
+    assert mine.serving.top_k == 5
+    assert mine.model_copy(update={"serving": base.serving}) == base
+
+
+def test_a_base_beside_the_first_file_wins(tmp_path):
+    text = BASE.read_text(encoding="utf-8")
+    (tmp_path / "base.yaml").write_text(text.replace("top_k: 20", "top_k: 8"), encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text("window: {length: 7}\n", encoding="utf-8")
+    assert settings.load([tmp_path / "mine.yaml"]).serving.top_k == 8
+    assert settings.load(["movielens", tmp_path / "mine.yaml"]).serving.top_k == 20
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in CONF.glob("*.yaml")))
+def test_what_lies_in_conf_needs_no_path(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert settings.load([name]) == settings.load([CONF / f"{name}.yaml"])
+    assert (name in settings.overlays()) == (name != "base")
+
+
+def test_a_file_wins_over_an_overlay_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "movielens").write_text("serving: {top_k: 5}\n", encoding="utf-8")
+    assert settings.load(["movielens"]).serving.top_k == 5
+
+
+@pytest.mark.parametrize("name", ["./movielens", "conf/movielens", "movielens.yaml", ""])
+def test_what_has_a_separator_or_a_suffix_is_no_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (found,) = problems([name])
+    assert f"the settings file {Path(name)} cannot be read" in found
+
+
+def test_a_misspelt_name_tells_the_names_there_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (found,) = problems(["moveilens"])
+    assert found.startswith("the settings file moveilens cannot be read")
+    assert found.endswith(f"overlays {', '.join(settings.overlays())}")
 
 
 def test_later_files_win_and_set_wins_over_files(tmp_path):
@@ -80,11 +123,18 @@ def test_unreadable_files_and_overrides_come_at_once(tmp_path):
         "stream.metrics_seconds=0",
         "stream.metrics_seconds=3601",
         "spark.driver_memory=much",
+        "retrieval.reach=0",
+        "retrieval.half_life_days=0",
+        "retrieval.half_life_days=soon",
+        "retrieval.recency=1.5",
+        "ranking.depth=13",
+        "ranking.row_share=0",
         "gate.margin=1.1",
         "gate.margin=-0.1",
         "gate.min_events=0",
         "gate.sample_events=10",
         "storage.kind=cloud",
+        "spark.remote=localhost:15002",
         "evaluation.delays_seconds=[]",
         "evaluation.delays_seconds=[-1]",
         "events.min_value=1e10",
@@ -140,6 +190,13 @@ def test_a_secret_in_plain_text_is_refused_and_not_repeated(options):
     assert not re.search("hush|1234|pre-", problem)
 
 
+@pytest.mark.parametrize("remote", ["sc://host:443/;token=hush", "host:443/;token=hush"])
+def test_a_token_in_the_address_of_a_server_is_refused_and_not_repeated(remote):
+    (problem,) = problems(overrides=[f"spark.remote={remote}"])
+    assert "spark.remote" in problem
+    assert "hush" not in problem
+
+
 def test_references_and_harmless_options_pass():
     options = {
         "kafka.ssl.key.password": "${env:KEY}",
@@ -162,16 +219,46 @@ def test_every_setting_is_in_base_with_a_comment_on_its_range():
     assert settings.load([BASE])
 
 
-def test_every_setting_is_read_somewhere():
-    """A key that nothing reads is a promise that nobody keeps."""
-    read: set[str] = set()
-    files = [p for folder in ("lib", "jobs", "streaming") for p in (ROOT / folder).rglob("*.py")]
-    for path in files:
-        if path.name == "settings.py":
-            continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+@pytest.fixture(scope="module")
+def reads() -> set[tuple[str, str]]:
+    """(section, key) of every access to an attribute of a section of the settings, by the types that mypy infers.
+
+    What a section asks of itself is no reading: that is how it checks its keys.
+    """
+    chosen = options.Options()
+    chosen.export_types = chosen.check_untyped_defs = chosen.explicit_package_bases = True
+    chosen.ignore_missing_imports = chosen.no_site_packages = True
+    chosen.incremental, chosen.follow_imports, chosen.mypy_path = False, "skip", [str(ROOT / "lib")]
+    sources = find_sources.create_source_list([str(ROOT / name) for name in ("lib", "jobs", "streaming")], chosen)
+    inferred = build.build(sources, chosen).types
+    found = set()
+    for access in inferred:
+        if isinstance(access, nodes.MemberExpr) and getattr(access.expr, "name", "") != "self":
+            owner = types.get_proper_type(inferred.get(access.expr))
+            members = owner.items if isinstance(owner, types.UnionType) else [owner]
+            found |= {
+                (member.type.name, access.name)
+                for member in map(types.get_proper_type, members)
+                if isinstance(member, types.Instance) and member.type.module_name == settings.__name__
+            }
     # stream.options is read through the method that fills in the secrets.
-    read |= {"options"} if "resolved_options" in read else set()
-    unread = [key for key in settings.leaf_keys() if key.rsplit(".", 1)[1] not in read]
-    assert unread == []
+    return found | ({("StreamSettings", "options")} if ("StreamSettings", "resolved_options") in found else set())
+
+
+def unread(keys: Iterable[tuple[str, type[settings.Section]]], reads: set[tuple[str, str]]) -> list[str]:
+    return [
+        key
+        for key, section in keys
+        if not any((ancestor.__name__, key.rpartition(".")[2]) in reads for ancestor in section.__mro__)
+    ]
+
+
+def test_every_setting_is_read_somewhere(reads):
+    """A key that nothing reads is a promise that nobody keeps."""
+    assert unread(settings.leaf_keys(), reads) == []
+
+
+def test_a_key_is_not_read_where_another_section_has_one_of_its_name(reads):
+    assert ("storage.root", settings.StorageSettings) in settings.leaf_keys()
+    namesakes = [("gate.path", settings.GateSettings), ("window.top_k", settings.WindowSettings)]
+    assert unread([*namesakes, ("stream.path", settings.StreamSettings)], reads) == ["gate.path", "window.top_k"]

@@ -126,8 +126,8 @@ def test_any_cut_order_and_repetition_of_the_stream_equals_one_batch(spark, nigh
 def test_the_driver_and_the_executors_refresh_alike(spark, night, tmp_path, monkeypatch):
     rows = [r for r in live_events() if isinstance(r, dict) and r.get("event_id", "").startswith("live")]
     found = []
-    for most in (0, speed_layer.DRIVER_USERS):
-        monkeypatch.setattr(speed_layer, "DRIVER_USERS", most)
+    for most in (0, commits.LOCAL_USERS):
+        monkeypatch.setattr(commits, "LOCAL_USERS", most)
         storage, settings = night(f"at most {most}")
         feed(started(storage, settings), payloads(spark, tmp_path, rows, "alike"), 0)
         found.append(storage)
@@ -168,9 +168,9 @@ def test_commits_of_driver_and_executors_are_merged_together(spark, night, tmp_p
     assert {r["user_id"] for r in [*rows[:40], *back]} <= stored
 
 
-@pytest.mark.parametrize("most", [pytest.param(0, marks=pytest.mark.slow), speed_layer.DRIVER_USERS])
+@pytest.mark.parametrize("most", [pytest.param(0, marks=pytest.mark.slow), commits.LOCAL_USERS])
 def test_a_consumed_item_stays_away_when_it_no_longer_fits_into_the_state(spark, night, tmp_path, monkeypatch, most):
-    monkeypatch.setattr(speed_layer, "DRIVER_USERS", most)
+    monkeypatch.setattr(commits, "LOCAL_USERS", most)
     storage, settings = night("overflow")
     settings = settings.model_copy(update={"window": settings.window.model_copy(update={"seen_limit": 3})})
     layer = started(storage, settings)
@@ -250,8 +250,8 @@ def test_killed_between_any_two_writes_it_ends_in_the_undisturbed_state(spark, n
         if broken.startswith("append:"):
             write = Storage.append
 
-            def append(self, spec, frame, transaction=None):
-                write(self, spec, frame, transaction)
+            def append(self, spec, frame):
+                write(self, spec, frame)
                 if spec.name == REFRESHES.name:
                     crash()
 
@@ -277,10 +277,10 @@ def test_what_was_half_booked_comes_again_under_another_checkpoint_and_counts_on
     layer = started(storage, settings)
     write = Storage.append
 
-    def append(self, spec, frame, transaction=None):
+    def append(self, spec, frame):
         if spec.name == EVENTS.name:
             crash()
-        write(self, spec, frame, transaction)
+        write(self, spec, frame)
 
     with monkeypatch.context() as patched:
         patched.setattr(Storage, "append", append)

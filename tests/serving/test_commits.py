@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -11,6 +12,7 @@ import pytest
 from nightstream.serving import commits
 from nightstream.serving.commits import Layout
 from nightstream.store.materialize import Cut
+from nightstream.store.storage import CONFLICTS, Storage
 from nightstream.store.tables import BY_NAME, RECOMMENDATIONS, REFRESHED, REFRESHES, SEEN_OVERFLOW, USER_VECTORS
 
 AT = datetime(2024, 5, 1, tzinfo=UTC)
@@ -68,8 +70,8 @@ def test_an_older_revision_never_overwrites_a_newer_one(storage, spark):
 def test_the_newest_of_several_commits_wherever_their_rows_are(storage, spark, on_driver):
     first = refreshed(spark, ("u", 2, ["a"]), ("v", 1, ["b"]), on_driver=on_driver[0])
     second = refreshed(spark, ("u", 1, ["old"]), ("w", 1, ["c"]), on_driver=on_driver[1])
-    commits = [commits.commit(storage, rows, "test", number, AT) for number, rows in enumerate((first, second))]
-    found = commits.newest_committed(storage, commits).rows
+    both = [commits.commit(storage, rows, "test", number, AT) for number, rows in enumerate((first, second))]
+    found = commits.newest_committed(storage, both).rows
     assert {(r.user_id, r.revision, r.writer, r.batch_id) for r in found.collect()} == {
         ("u", 2, "test", 0),
         ("v", 1, "test", 0),
@@ -78,17 +80,44 @@ def test_the_newest_of_several_commits_wherever_their_rows_are(storage, spark, o
     assert found.columns == REFRESHES.schema.names
 
 
-def test_a_commit_happens_once_per_writer_and_batch(storage, spark):
+def test_the_newest_rows_are_the_same_in_frames_and_in_tables(spark):
+    rng = random.Random(4)
+    rows = {(f"u{rng.randrange(8)}", rng.randrange(6)): rng.random() for _ in range(40)}
+    # A row may lie in several of them, and a user in one alone.
+    tables = [rng.sample([(*key, value) for key, value in rows.items()], size) for size in (1, 10, 20)]
+    frames = [spark.createDataFrame(t, "user_id string, revision long, value double") for t in tables]
+    newest: dict = {}
+    for row in sorted(row for t in tables for row in t):
+        newest[row[0]] = row
+    assert sorted(tuple(r) for r in commits.newest(frames).collect()) == sorted(newest.values())
+    found = commits.newest_rows([f.toArrow() for f in frames])
+    assert [tuple(r.values()) for r in found.to_pylist()] == sorted(newest.values())
+
+
+def test_a_commit_is_known_by_its_writer_and_its_number(storage, spark):
     assert not commits.is_committed(storage, "test", 0)
-    # The batch that comes again after a crash may take other users over to a new model, and theirs overflow then.
-    for overflowing in (["x"], ["x", "y"]):
-        rows = refreshed(spark, ("u", 1, ["a"], overflowing))
-        commits.commit(storage, rows, "test", 0, AT)
-    commits.commit(storage, rows, "another", 0, AT)
-    assert commits.is_committed(storage, "test", 0)
-    assert not commits.is_committed(storage, "test", 1)
-    writers = [r.writer for r in storage.read(REFRESHES).orderBy("writer").collect()]
-    assert writers == ["another", "test"]
+    commits.commit(storage, refreshed(spark, ("u", 1, ["a"])), "test", 0, AT)
+    commits.commit(storage, refreshed(spark, ("u", 2, ["a"])), "another", 1, AT)
+    asked = [("test", 0), ("test", 1), ("another", 0), ("another", 1)]
+    assert [commits.is_committed(storage, *one) for one in asked] == [True, False, False, True]
+
+
+def test_what_overflows_is_kept_even_if_the_commit_is_not(storage, spark, monkeypatch):
+    """The batch that comes again after a crash may take other users over to a new model, and theirs overflow then."""
+    append = Storage.append
+
+    def killed(self, spec, rows):
+        if spec is REFRESHES:
+            raise RuntimeError("killed")
+        append(self, spec, rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Storage, "append", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            commits.commit(storage, refreshed(spark, ("u", 1, ["a"], ["x"])), "test", 0, AT)
+    assert not commits.is_committed(storage, "test", 0)
+    commits.commit(storage, refreshed(spark, ("u", 1, ["a"], ["x", "y"])), "test", 0, AT)
+    assert storage.read(REFRESHES).count() == 1
     assert {r.item_id for r in storage.read(SEEN_OVERFLOW).collect()} == {"x", "y"}
 
 
@@ -161,7 +190,7 @@ def test_a_merge_that_meets_another_writer_is_tried_again_and_loses_nothing(
         finally:
             (tmp_path / "go").touch()
         if attempts == 1:
-            with pytest.raises(Exception, match="oncurrent"):
+            with pytest.raises(CONFLICTS):
                 merging.result()
             # It is still committed, so the next start merges it.
             commits.merge_tail(storage, LAYOUT, 1)

@@ -13,9 +13,8 @@ from nightstream.serving.state_cache import KnownUsers
 from nightstream.store.materialize import Cut
 from nightstream.store.row_store import KnownRows
 from nightstream.store.storage import Storage
-from nightstream.store.tables import REFRESHED, REFRESHES, USER_VECTORS, USERS
+from nightstream.store.tables import REFRESHED, REFRESHES, USER_VECTORS, USERS, arrow_schema
 from pyspark.sql import functions as F
-from pyspark.sql.pandas.types import to_arrow_schema
 
 ROWS = pa.schema({"user_id": pa.string(), "revision": pa.int64(), "items": pa.list_(pa.string())})
 SOME = pa.array(["u000", "u001", "idle-left", "nobody"])
@@ -71,7 +70,7 @@ def test_a_commit_counts_before_it_is_merged_and_changed_attributes_do(spark, ni
     newer = state.withColumns(
         {"revision": F.col("revision") + 1, "items": F.array().cast(REFRESHES.schema["items"].dataType)}
     ).withColumn("overflow", F.col("seen").cast(REFRESHED["overflow"].dataType))
-    table = newer.select(*REFRESHED.names).toArrow().cast(to_arrow_schema(REFRESHED, timezone="UTC"))
+    table = newer.select(*REFRESHED.names).toArrow().cast(arrow_schema(REFRESHED))
     before = state.first().revision
 
     def revision() -> list[int]:

@@ -8,8 +8,8 @@ from datetime import UTC, datetime, timedelta
 import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nightstream.serving.user_state import STATES, TIME, FoldRules, fold, newest_rows
-from nightstream.store.tables import EVENTS
+from nightstream.serving.user_state import STATES, FoldRules, fold
+from nightstream.store.tables import EVENTS, arrow_schema
 
 EPOCH = datetime(2024, 1, 1, tzinfo=UTC)
 LENGTH, SEEN_LIMIT = 4, 5
@@ -62,10 +62,8 @@ def reference(events: list[tuple]) -> tuple[list, list, bool]:
 
 def table(events: list[tuple]) -> pa.Table:
     """EVENTS rows as Spark hands them over."""
-    names = [f.name for f in EVENTS.schema]
-    kinds = {"event_time": TIME, "arrival_time": TIME, "value": pa.float64()}
-    columns = list(zip(*events, strict=True)) or [[] for _ in names]
-    return pa.table({n: pa.array(c, kinds.get(n, pa.string())) for n, c in zip(names, columns, strict=True)})
+    columns = list(zip(*events, strict=True)) or [[] for _ in EVENTS.schema]
+    return pa.table([pa.array(c) for c in columns], EVENTS.schema.names).cast(arrow_schema(EVENTS.schema))
 
 
 def folded(states: pa.Table, events: list[tuple]) -> pa.Table:
@@ -129,10 +127,3 @@ def test_a_user_who_has_overflowed_stays_one_who_has():
 def test_a_user_with_only_impressions_is_known_with_an_empty_window():
     (row,) = folded(NOBODY, rows_of("u", [(1, 0, 1, 1, "impression")])).to_pylist()
     assert (row["user_id"], row["window"], row["seen"], row["revision"]) == ("u", [], [], 0)
-
-
-def test_of_the_rows_of_a_user_the_highest_revision_stays():
-    first = pa.table([["a", "b"], [1, 5], [[], []], [[], []], [False, False]], schema=STATES)
-    second = pa.table([["b", "a"], [4, 2], [[], []], [[], []], [True, True]], schema=STATES)
-    found = newest_rows([first, second]).to_pylist()
-    assert [(r["user_id"], r["revision"], r["seen_overflowed"]) for r in found] == [("a", 2, True), ("b", 5, False)]

@@ -17,7 +17,7 @@ import world
 from nightstream.errors import TableError, WriterBusyError
 from nightstream.ingest.ledger import check
 from nightstream.runtime.settings import validate
-from nightstream.serving import commits
+from nightstream.serving import commits, stream_function
 from nightstream.steps import apply, ingest, serve
 from nightstream.store import lease
 from nightstream.store.storage import Storage
@@ -82,10 +82,10 @@ def test_a_restart_goes_on_and_a_deleted_checkpoint_changes_nothing(spark, night
     world.drop(settings.stream.path, "b", [*rows[20:], "garbage"])
     append = Storage.append
 
-    def refused(self, spec, rows, transaction=None):
+    def refused(self, spec, rows):
         if spec is METRICS:
             raise OSError("no space left for metrics")
-        append(self, spec, rows, transaction)
+        append(self, spec, rows)
 
     with monkeypatch.context() as patched:
         patched.setattr(Storage, "append", refused)
@@ -165,7 +165,7 @@ def running(spark, settings) -> Iterator[Future]:
 @pytest.mark.slow
 def test_without_events_too_withdrawn_items_leave_every_list(spark, night, tmp_path, monkeypatch):
     storage, settings = night("quiet")
-    monkeypatch.setattr(serve, "QUIET_SECONDS", 0.5)
+    monkeypatch.setattr(stream_function, "QUIET_SECONDS", 0.5)
     document = settings.model_dump(mode="json")
     document["sources"]["items"] |= {"path": str(tmp_path / "items.jsonl"), "available": "stock"}
     document["stream"] |= {"snapshot_seconds": 1.0, "handover_slice": 10}

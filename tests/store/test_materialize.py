@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 from nightstream.store.materialize import cut
+from pyspark.errors import PySparkException
 from pyspark.sql import functions as F
 
 
@@ -32,3 +33,20 @@ def test_what_was_cut_stands_still(spark, tmp_path, options):
         file.unlink()
     assert found.rows.count() == 3
     found.release()
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_rows_that_cannot_be_kept_are_told_and_computed_again(spark, monkeypatch, caplog, cached):
+    rows = spark.range(5)
+
+    def refused(self):
+        raise PySparkException("[NOT_SUPPORTED] PERSIST TABLE is not supported on serverless compute\nmore")
+
+    for name in ("persist", "localCheckpoint"):
+        monkeypatch.setattr(type(rows), name, refused)
+    found = cut(rows, totals(), limit=1, cached=cached)
+    assert found.totals == {"rows": 5, "odd": 2, "last": 4}
+    (warned,) = caplog.records
+    assert "computed again" in warned.getMessage()
+    assert warned.wanted == ("cache" if cached else "checkpoint")
+    assert warned.reason == "[NOT_SUPPORTED] PERSIST TABLE is not supported on serverless compute"

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from learning_data import plain_items, ring_sequences
+from nightstream.errors import SettingsError
 from nightstream.models.arrays import ItemFeatures
 from nightstream.training.hyperparameters import FULL_SOFTMAX_ITEMS, encoder_sizes, item_sizes, training_sizes
 
@@ -34,3 +36,10 @@ def test_steps_grow_with_the_data_between_their_bounds() -> None:
 
 def test_a_step_encodes_no_more_than_a_dozen_items_per_target() -> None:
     assert training_sizes({}, ring_sequences(users=10), 24_000).positions == 2000
+
+
+def test_heads_must_divide_the_width() -> None:
+    sequences = ring_sequences(users=3)
+    with pytest.raises(SettingsError, match=r"heads \(3\) must divide width \(64\)"):
+        encoder_sizes({"encoder": "transformer", "heads": 3}, sequences, 1)
+    assert encoder_sizes({"encoder": "gru", "heads": 3}, sequences, 1).heads == 3

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +14,13 @@ import torch
 import torch.multiprocessing as mp
 from learning_data import plain_items, ring_sequences
 from nightstream.errors import ArtifactError
+from nightstream.models.array_files import save_item_features, save_sequences
 from nightstream.models.arrays import RANK, TRAIN, VALID, ItemFeatures
 from nightstream.models.encoders.factory import ENCODERS
+from nightstream.models.encoders.tensors import item_batch
 from nightstream.training import trainer
-from nightstream.training.trainer import Trainer, save_item_features, save_sequences, train_encoder
+from nightstream.training.trainer import Trainer, train_encoder
+from nightstream.training.validation import target_ndcg
 from safetensors.torch import load_file
 
 SMALL = {"width": 16, "window": 6, "positions": 128, "epochs": 12, "learning_rate": 0.02, "dropout": 0.1}
@@ -106,7 +113,7 @@ def test_the_seed_decides(tmp_path: Path) -> None:
 
 def test_early_stopping_hands_out_the_best_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter([0.1, 0.5, 0.4, 0.3, 0.2, 0.1])
-    monkeypatch.setattr(trainer, "_validate", lambda *_: next(scores))
+    monkeypatch.setattr(trainer, "target_ndcg", lambda *_: next(scores))
     train_encoder(spec_in(tmp_path, options=SMALL | {"patience": 2}))
     history = json.loads((tmp_path / "out" / "history.json").read_text())
     assert (history["epoch"], len(history["history"])) == (2, 4)
@@ -143,29 +150,70 @@ def test_content_alone_finds_the_place_of_a_new_item(tmp_path: Path) -> None:
     save_sequences(tmp_path / "s", sequences)
     save_item_features(tmp_path / "i", features)
     train_encoder(spec_in(tmp_path, "cnn", options=SMALL | {"id_dropout": 0.5}))
-    trainer = Trainer(spec_in(tmp_path, "cnn", options=SMALL | {"id_dropout": 0.5}))
-    trainer.model.load_state_dict(weights(tmp_path))
-    trainer.average.load_state_dict(weights(tmp_path))
-    without = trainer.item_batch(features, np.zeros(30, np.int64))
-    assert trainer._validate(trainer.average, without, sequences, trainer.valid) > 0.8
+    run = Trainer(spec_in(tmp_path, "cnn", options=SMALL | {"id_dropout": 0.5}))
+    run.state.model.load_state_dict(weights(tmp_path))
+    assert target_ndcg(run.state.model, item_batch(features, np.zeros(30)), sequences, run.valid) > 0.8
 
 
-def _worker(rank: int, spec: dict[str, Any], port: int) -> None:
-    import os
+class Killed(Exception):
+    pass
 
+
+def _two_processes(rank: int, folder: Path, port: int) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    train_encoder(spec)
+    short = SMALL | {"epochs": 3}
+    train_encoder(spec_in(folder, "cnn", output=str(folder / "whole")))
+    train_encoder(spec_in(folder, "cnn", output=str(folder / "undisturbed"), options=short))
+    killed = spec_in(folder, "cnn", output=str(folder / "killed"), options=short)
+    epoch = Trainer._epoch
+
+    def dying(self: Trainer, number: int) -> None:
+        if number == 2:
+            raise Killed
+        epoch(self, number)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(Trainer, "_epoch", dying)
+        train_encoder(killed)
+    assert not (folder / "killed" / "weights.safetensors").exists()
+    train_encoder(killed)
+    # The only user falls to the first process; no item has text, though there are words.
+    lonely = {"sequences": str(folder / "lonely"), "items": str(folder / "wordless"), "options": short}
+    train_encoder(spec_in(folder, "gru", output=str(folder / "alone"), **lonely))
 
 
-def test_two_processes_learn_the_ring_together(tmp_path: Path) -> None:
-    import socket
-
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what _two_processes trained in two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    spec_in(folder)
+    save_sequences(folder / "lonely", ring_sequences(users=1))
+    wordless = replace(plain_items(30), tokens=np.zeros((30, 3), np.int32), vocabulary_size=9)
+    save_item_features(folder / "wordless", wordless)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(_worker, (spec_in(tmp_path, "cnn"), port), nprocs=2)
-    history = json.loads((tmp_path / "out" / "history.json").read_text())
+    mp.spawn(_two_processes, (folder, port), nprocs=2)
+    return folder
+
+
+def test_two_processes_learn_the_ring_together(two_processes: Path) -> None:
+    history = json.loads((two_processes / "whole" / "history.json").read_text())
     assert max(h["ndcg@10"] for h in history["history"]) > 0.9
+
+
+def test_two_processes_that_were_killed_and_restarted_end_in_the_same_weights(two_processes: Path) -> None:
+    undisturbed = weights(two_processes, "undisturbed")
+    for name, value in weights(two_processes, "killed").items():
+        torch.testing.assert_close(value, undisturbed[name], rtol=0, atol=0)
+    lines = [json.loads(line) for line in (two_processes / "killed" / "progress.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if line["whole"]] == [1, 2, 3]
+
+
+def test_a_process_without_a_target_keeps_step_with_the_other(two_processes: Path) -> None:
+    history = json.loads((two_processes / "alone" / "history.json").read_text())
+    assert (len(history["history"]), history["item_sizes"]["text"]) == (3, "cnn")
+    assert weights(two_processes, "alone")["items.ids.weight"].isfinite().all()
 
 
 def test_an_unreadable_input_is_named(tmp_path: Path) -> None:

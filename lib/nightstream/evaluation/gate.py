@@ -32,7 +32,7 @@ from pyspark.sql import functions as F
 from nightstream.errors import ArtifactError
 from nightstream.evaluation import offline
 from nightstream.evaluation.offline import Served
-from nightstream.ingest.history import live
+from nightstream.ingest.history import entering, live
 from nightstream.models.bundle import Payload
 from nightstream.runtime.settings import Settings
 from nightstream.serving import catalogue
@@ -126,7 +126,7 @@ def judge(storage: Storage, settings: Settings, version: str) -> Verdict:
         return Verdict(UNJUDGED, f"the published model {serving.model_version} cannot be judged: {error}", {})
     events = live(storage.read(EVENTS), settings.events.retraction_type)
     items = catalogue.known_items(storage.read_or_empty(ITEMS), events)
-    consumed = events.where(F.col("event_type").isin(*settings.events.window_types))
+    consumed = entering(events, settings.events.window_types)
     targets = sampled(consumed, max(after, other_after), until, rules.sample_events).persist()
     histories = consumed.join(targets.select("user_id").distinct(), "user_id", "left_semi").persist()
     payload = catalogue.load_payload(storage, version)

@@ -17,7 +17,7 @@ from nightstream.errors import SourceError
 from nightstream.evaluation import offline
 from nightstream.evaluation.offline import Lister, Served
 from nightstream.ingest import ledger, sources
-from nightstream.ingest.history import live
+from nightstream.ingest.history import entering, live
 from nightstream.ingest.parse import raw_rows
 from nightstream.ingest.resolve import NEW, resolve
 from nightstream.runtime.settings import Settings
@@ -100,8 +100,7 @@ def clean_events(spark: SparkSession, settings: Settings) -> DataFrame:
     nothing = spark.createDataFrame([], EVENTS.schema)
     distinct = resolve(parsed.where(F.col("reason").isNull()), nothing).where(F.col("outcome") == NEW)
     tie = F.lpad(F.crc32(F.concat("user_id", F.lit("/"), "item_id")).cast("string"), 10, "0")
-    events = live(distinct.select(*EVENTS.schema.names), rules.retraction_type)
-    events = events.where(F.col("event_type").isin(*rules.window_types))
+    events = entering(live(distinct.select(*EVENTS.schema.names), rules.retraction_type), rules.window_types)
     return events.withColumn("event_id", F.concat(tie, F.lit("/"), "event_id"))
 
 

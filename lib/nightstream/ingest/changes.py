@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+from nightstream.ingest.history import changed_users
 from nightstream.store.storage import Storage
 from nightstream.store.tables import EVENTS, UNFOLDED
 
@@ -33,9 +34,14 @@ def is_marked(storage: Storage) -> bool:
 
 
 def touched_users(storage: Storage, retraction_type: str, now: datetime) -> DataFrame | None:
-    """user_id, distinct, of those whose history has changed since the first mark: they have a new event, one that
-    superseded another or was superseded, or one that was taken back or no longer is. None stands for everyone: the
-    table as it was then may be gone.
+    """user_id, distinct, of those whose history has changed since the first mark (see `changed_users`): they have a new
+    event, one that superseded another or was superseded, or one that was taken back or no longer is. None stands for
+    everyone: the table as it was then may be gone.
+
+    Args:
+        storage: holds UNFOLDED and EVENTS.
+        retraction_type: the event_type of a retraction.
+        now: the wall clock, UTC; an older mark than some days is too old.
     """
     at, version = F.unix_seconds(F.min("at")).alias("at"), F.min("events_version").alias("version")
     first = storage.read(UNFOLDED).agg(at, version).first()
@@ -43,7 +49,5 @@ def touched_users(storage: Storage, retraction_type: str, now: datetime) -> Data
         return None
     events, before = storage.read(EVENTS), storage.read(EVENTS, first.version)
     # A row is what one raw payload said; another payload under the same event_id is another row.
-    touched = events.join(before, "raw_id", "left_anti").unionByName(before.join(events, "raw_id", "left_anti"))
-    targets = touched.where(F.col("event_type") == retraction_type).select(F.col("retracts").alias("event_id"))
-    owners = events.join(targets, "event_id", "left_semi")
-    return touched.select("user_id").unionByName(owners.select("user_id")).distinct()
+    came, left = events.join(before, "raw_id", "left_anti"), before.join(events, "raw_id", "left_anti")
+    return changed_users(came.unionByName(left), events, retraction_type)

@@ -12,6 +12,8 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from nightstream.errors import SourceError
+from nightstream.runtime.session import is_remote
+from nightstream.store.delta_sql import SqlTable, path_name
 
 ARRIVAL, POSITION, CORRUPT = "_arrival_time", "_position", "_corrupt_row"
 _MISSING = ("PATH_NOT_FOUND", "DELTA_SCHEMA_NOT_SET", "DELTA_TABLE_NOT_FOUND", "TABLE_OR_VIEW_NOT_FOUND")
@@ -125,7 +127,11 @@ def _is_table_name(path: str) -> bool:
 
 def newest_version(spark: SparkSession, path: str) -> Row | None:
     """version and timestamp of a Delta table's newest commit; None where its history is gone."""
-    table = DeltaTable.forName(spark, path) if _is_table_name(path) else DeltaTable.forPath(spark, path)
+    table: DeltaTable | SqlTable
+    if is_remote(spark):
+        table = SqlTable(spark, path if _is_table_name(path) else path_name(path))
+    else:
+        table = DeltaTable.forName(spark, path) if _is_table_name(path) else DeltaTable.forPath(spark, path)
     return table.history(1).select("version", "timestamp").first()
 
 

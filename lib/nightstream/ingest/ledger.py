@@ -7,34 +7,28 @@ time: two at once could both take an event for new.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from typing import Any
+from datetime import datetime
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from nightstream.errors import TableError
-from nightstream.ingest import history, parse, resolve
-from nightstream.ingest.id_filter import HASHES, KnownIds, with_hashes
+from nightstream.ingest import booking, history, parse, resolve
+from nightstream.ingest.arrival import Arrival, totals
+from nightstream.ingest.id_filter import KnownIds, with_hashes
+from nightstream.ingest.resolve import Resolution
 from nightstream.runtime.settings import Settings
-from nightstream.store.concurrency import finish, start
-from nightstream.store.materialize import LOCAL_ROWS, Cut, cut
+from nightstream.store.concurrency import finish
+from nightstream.store.materialize import Cut, cut
 from nightstream.store.storage import Storage
-from nightstream.store.tables import DUPLICATES, EVENTS, QUARANTINE, RAW_EVENTS, TableSpec
+from nightstream.store.tables import DUPLICATES, EVENTS, QUARANTINE, RAW_EVENTS
 
 log = logging.getLogger(__name__)
 
 TABLES = (RAW_EVENTS, EVENTS, QUARANTINE, DUPLICATES)
-# Up to so many rows of a batch, their ids (some 50 bytes each) go to every task instead of shuffling `events`.
-_BROADCAST_ROWS = 200_000
-_ROWS_PER_FILE = 500_000
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ class Recorded:
     counts: rows of this call by where they ended, the ones that were there already included.
     added: rows that this call added to each table by name (a superseding event adds none to events, its predecessor
     one to duplicates). After a crash, the replay counts only what it had to add itself.
-    accepted: EVENTS rows of this call to be folded into windows, as events.foldable gives them; the same on
+    accepted: EVENTS rows of this call to be folded into windows, as history.foldable gives them; the same on
     a replay. None when nothing valid came.
     accepted_table: the same rows where they are few enough to be on the driver, else None.
     refold_users: user_id of the users whose windows must be folded again from `events`, distinct; None when nobody.
@@ -85,26 +79,24 @@ class Recorded:
 
 
 def parsed(payloads: DataFrame, settings: Settings) -> DataFrame:
-    """Payload rows with what `events.parse` reads in them under these settings."""
+    """Payload rows with what `parse.parse` reads in them under these settings."""
     source = settings.sources.events
     return parse.parse(payloads, source.columns, source.time_unit, settings.events, settings.serving.default_user)
 
 
 def arrive(arrived: DataFrame, settings: Settings, micro_batch: bool = False) -> Cut:
-    """The rows of `parsed` with their raw_id, cut off for `book`; those of a small micro-batch are on the driver."""
-    totals = {
-        "raw": F.count(F.lit(1)),
-        "quarantine": F.count("reason"),
-        "retractions": F.count_if(F.col("event_type") == settings.events.retraction_type),
-        "first_arrival": F.min(F.unix_micros("arrival_time")),
-        "last_arrival": F.max(F.unix_micros("arrival_time")),
-        "oldest_event": F.min(F.unix_micros("event_time")),
-        "newest_event": F.max(F.unix_micros("event_time")),
-    }
+    """The rows of `parsed` with their raw_id, cut off for `book`.
+
+    Args:
+        arrived: the rows.
+        settings: those that they were parsed under.
+        micro_batch: the rows are those of a stream, few or many; the few are on the driver.
+    """
+    wanted = totals(settings.events.retraction_type)
     if not micro_batch:
         # A batch source is large: to try it on the driver first would read it twice.
-        return cut(parse.raw_rows(arrived), totals, limit=0)
-    return cut(with_hashes(parse.raw_rows(arrived)), totals)
+        return cut(parse.raw_rows(arrived), wanted, limit=0)
+    return cut(with_hashes(parse.raw_rows(arrived)), wanted)
 
 
 def book(
@@ -115,28 +107,68 @@ def book(
     fresh: bool = False,
     known_ids: KnownIds | None = None,
 ) -> Recorded:
-    """Book the rows of `arrive` (payload, source, position, arrival_time, and what was read) into the four tables.
+    """The outcome of booking the rows of `arrive` into the four tables.
 
     Repeating a call with the same rows adds nothing, and completes what a crash left half-done.
-    micro_batch: the rows are those of a stream, few or many; the appends may still run when this returns, and
-    `Recorded.written` waits for them. Without it (batch ingest), raw_events is written last, and its rows tell what
-    was booked completely. fresh: nobody has tried to book these rows before, so they need not be looked for in
-    raw_events. Delta's own txnAppId would tell that too, at the price of a job over the table's log per append.
-    known_ids: of all that `events` holds, kept up to date here; without it the table is asked for the ids.
-    Raises TableError when `events` holds an event_id more than once.
+
+    Args:
+        storage: holds the four tables, or will.
+        arriving: RAW_EVENTS columns and what was read in the payloads.
+        settings: those that they were parsed under.
+        micro_batch: the rows are those of a stream; the appends may still run when this returns, and `Recorded.written`
+            waits for them. Without it (batch ingest), raw_events is written last, and its rows tell what was booked
+            completely.
+        fresh: nobody has tried to book these rows before, so those of a micro-batch need not be looked for in
+            raw_events. Delta's own txnAppId would tell that too, at the price of a job over the table's log per append.
+        known_ids: of all that `events` holds, kept up to date here; without it the table is asked for the ids.
+
+    Raises:
+        TableError: `events` holds an event_id more than once.
     """
     storage.create(*TABLES)
     if not arriving.totals["raw"]:
         arriving.release()
         return Recorded(Counts(), {t.name: 0 for t in TABLES})
-    return _Booking(storage, settings, arriving, micro_batch, fresh, known_ids).run()
+    arrival, retraction_type = Arrival.of(arriving), settings.events.retraction_type
+    cuts = [arriving]
+    resolution = Resolution(resolve.all_new(arrival.valid_rows))
+    if arrival.valid:
+        resolution, held = booking.resolved(storage, arrival, retraction_type, known_ids)
+        cuts += held
+    if micro_batch:
+        plan = booking.stream_plan(storage, arrival, resolution, fresh)
+    else:
+        plan = booking.batch_plan(storage, arrival, resolution)
+    writes = booking.execute(storage, plan, settings.serving.merge_attempts, few_files=arrival.is_small)
+    added = {t.name: 0 for t in TABLES} | plan.added
+    log.info("recorded", extra={"rows": arrival.raw, "added": added})
+    refold = None
+    touching = _touching(storage, arrival, resolution, settings, with_earlier=micro_batch)
+    if touching is not None:
+        # A retraction and its event may come together.
+        finish(writes)
+        users = history.changed_users(touching, storage.read(EVENTS), retraction_type)
+        refold = cut(users, {"users": F.count("user_id")})
+        cuts.append(refold)
+    accepted, accepted_table = _accepted(arrival, resolution, retraction_type)
+    return Recorded(
+        Counts(arrival.raw, arrival.valid - resolution.duplicate, arrival.quarantine, resolution.duplicate),
+        added,
+        accepted,
+        accepted_table,
+        refold.rows if refold is not None and refold.totals["users"] else None,
+        arrival.first_arrival,
+        arrival.last_arrival,
+        arrival.oldest_event,
+        arrival.newest_event,
+        cuts,
+        writes,
+    )
 
 
-def record(
-    storage: Storage, arrived: DataFrame, settings: Settings, micro_batch: bool = False, fresh: bool = False
-) -> Recorded:
+def record(storage: Storage, arrived: DataFrame, settings: Settings, micro_batch: bool = False) -> Recorded:
     """`arrive` and `book`."""
-    return book(storage, arrive(arrived, settings, micro_batch), settings, micro_batch, fresh)
+    return book(storage, arrive(arrived, settings, micro_batch), settings, micro_batch)
 
 
 def is_balanced(storage: Storage) -> bool:
@@ -167,235 +199,45 @@ def check(storage: Storage) -> dict[str, int]:
     return rows
 
 
-class _Booking:
-    """One call of `record`, step by step."""
-
-    def __init__(
-        self,
-        storage: Storage,
-        settings: Settings,
-        arrived: Cut,
-        micro_batch: bool,
-        fresh: bool,
-        known_ids: KnownIds | None,
-    ) -> None:
-        self.storage, self.settings, self.known_ids = storage, settings, known_ids
-        self.micro_batch, self.fresh = micro_batch, micro_batch and fresh
-        self.cuts, self.parsed, self.table, totals = [arrived], arrived.rows, arrived.table, arrived.totals
-        self.raw, self.quarantine, self.retractions = (totals[n] for n in ("raw", "quarantine", "retractions"))
-        self.valid = self.raw - self.quarantine
-        first, last = totals["first_arrival"], totals["last_arrival"]
-        names = ("first_arrival", "last_arrival", "oldest_event", "newest_event")
-        self.times = {n: None if totals[n] is None else _EPOCH + timedelta(microseconds=totals[n]) for n in names}
-        # What a micro-batch wrote before has its rows' arrival times: Delta then skips most files of large tables.
-        self.span: Column | None = None
-        if micro_batch and first is not None:
-            between = F.col("arrival_time").between(*(F.timestamp_micros(F.lit(t)) for t in (first, last)))
-            self.span = F.col("arrival_time").isNull() | between
-        self.retraction_type = settings.events.retraction_type
-        self.small = self.raw <= _BROADCAST_ROWS
-        self.only_new = False
-
-    def run(self) -> Recorded:
-        if not self.valid:
-            added, writes = self._write(None, {})
-            self._log(added)
-            counts = Counts(self.raw, 0, self.quarantine, 0)
-            return Recorded(counts, added, None, None, None, **self.times, _cuts=self.cuts, _writes=writes)
-        resolved, found = self._resolved()
-        added, writes = self._write(resolved, found)
-        self._log(added)
-        counts = Counts(self.raw, self.valid - found[resolve.DUPLICATE], self.quarantine, found[resolve.DUPLICATE])
-        current = resolved.where(F.col("raw_id") == F.col("kept_raw_id"))
-        refold = self._refold_users(resolved, current, found, writes)
-        accepted = current.where(F.col("event_type") != self.retraction_type)
-        accepted = accepted.withColumn("event_type", history.taken_back(F.col("dead"), self.retraction_type))
-        accepted = accepted.select(*EVENTS.schema.names)
-        table = None
-        if self.table is not None:
-            table = self._valid_table().select(EVENTS.schema.names) if self.only_new else accepted.toArrow()
-        return Recorded(counts, added, accepted, table, refold, **self.times, _cuts=self.cuts, _writes=writes)
-
-    def _valid_table(self) -> pa.Table:
-        assert self.table is not None
-        return self.table.filter(pc.is_null(self.table["reason"]))
-
-    def _brings_only_new(self) -> bool:
-        """Whether no event_id of the batch occurs twice, in it or in `events`, and no retraction is about."""
-        if self.table is None:
-            if self.known_ids is not None:
-                self.known_ids.add_rows(self._valid_rows(), self.valid)
-            return False
-        valid = self._valid_table()
-        if self.known_ids is not None:
-            hashes = [np.asarray(valid[name], np.int64) for name in HASHES]
-            met_before = self.known_ids.may_hold(hashes[0])
-            # Known from here on, whatever becomes of this batch: a claim too many does no harm.
-            self.known_ids.add(np.concatenate(hashes))
-        if self.retractions or pc.count_distinct(valid["event_id"]).as_py() < self.valid:
-            return False
-        if self.known_ids is not None and not met_before:
-            return True
-        wanted = self.storage.spark.createDataFrame(valid.select(["event_id"]))
-        found = resolve.mentions(self.storage.read(EVENTS), F.broadcast(wanted), self.retraction_type)
-        # A replay finds as many as it brings, and so many are on the driver already.
-        return found.select("event_id").toArrow().num_rows == 0
-
-    def _resolved(self) -> tuple[DataFrame, dict[str, int]]:
-        """The valid rows with their outcome, and how often each outcome occurs.
-
-        Of `events` at one version: what is computed again later must not see what was written in between.
-        """
-        names = (resolve.NEW, resolve.SUPERSEDING, resolve.STORED, resolve.DUPLICATE)
-        self.only_new = self._brings_only_new()
-        if self.only_new:
-            # The common case; what follows takes several jobs.
-            return resolve.all_new(self._valid_rows()), {
-                **dict.fromkeys(names, 0),
-                resolve.NEW: self.valid,
-                "retractions": 0,
-            }
-        totals = {n: F.count_if(F.col("outcome") == n) for n in names}
-        retraction = (F.col("event_type") == self.retraction_type) & (F.col("raw_id") == F.col("kept_raw_id"))
-        totals |= {"retractions": F.count_if(retraction), "damaged": F.count_if(F.col("copies") > 1)}
-        version = None if self.valid <= LOCAL_ROWS else self.storage.version(EVENTS)
-        resolved = cut(self._resolve(self.storage.read(EVENTS, version)), totals, size=self.valid)
-        self.cuts.append(resolved)
-        found: dict[str, Any] = resolved.totals
-        if found["damaged"] or sum(found[n] for n in names) != self.valid:
-            raise TableError(
-                "table events holds an event_id more than once, written by two processes at a time; "
-                "keep the newest row of each event_id and move the others to duplicates"
-            )
-        return resolved.rows, found
-
-    def _valid_rows(self) -> DataFrame:
-        return self.parsed.where(F.col("reason").isNull())
-
-    def _resolve(self, before: DataFrame) -> DataFrame:
-        valid = self._valid_rows()
-        known = resolve.known(before, self._hint(valid.select("event_id")), self.retraction_type)
-        tombstones = self._hint(history.tombstones(valid, self.retraction_type)) if self.retractions else None
-        return resolve.settle(valid, self._hint(known), tombstones)
-
-    def _write(self, resolved: DataFrame | None, found: dict[str, int]) -> tuple[dict[str, int], list[Future[None]]]:
-        """Write what is not there yet; returns the rows added to each table, and the writes that still run."""
-        added = {t.name: 0 for t in TABLES}
-        tasks: list[Callable[[], None]] = []
-        seen_before = found.get(resolve.STORED, 0) > 0
-        if self.quarantine:
-            rejected = self.parsed.where(F.col("reason").isNotNull())
-            rejected, added["quarantine"] = self._unknown(QUARANTINE, rejected, self.quarantine)
-            seen_before |= added["quarantine"] < self.quarantine
-            tasks += self._append(QUARANTINE, rejected, added)
-        superseding = found.get(resolve.SUPERSEDING, 0)
-        if resolved is not None:
-            added["events"] = found[resolve.NEW]
-            tasks += self._append(EVENTS, resolved.where(F.col("outcome") == resolve.NEW), added)
-            repeated = found[resolve.DUPLICATE] + superseding
-            if repeated:
-                copies, added["duplicates"] = self._unknown(DUPLICATES, _duplicates(resolved), repeated)
-                seen_before |= added["duplicates"] < repeated
-                tasks += self._append(DUPLICATES, copies, added)
-        fresh, added["raw_events"] = self.parsed, self.raw
-        if seen_before or not self.fresh:
-            fresh, added["raw_events"] = self._unknown(RAW_EVENTS, self.parsed, self.raw)
-        raw = self._append(RAW_EVENTS, fresh, added)
-        if self.micro_batch and not superseding:
-            return added, start([*tasks, *raw])
-        finish(start([*tasks, *raw] if self.micro_batch else tasks))
-        if resolved is not None and superseding:
-            # After duplicates: from events alone a replay could no longer tell what was replaced.
-            self._merge(resolved)
-        if not self.micro_batch:
-            finish(start(raw))
-        return added, []
-
-    def _unknown(self, spec: TableSpec, rows: DataFrame, count: int) -> tuple[DataFrame, int]:
-        """The rows whose raw_id the table does not have yet, and how many they are; `count` is how many are given."""
-        there = self.storage.read(spec, self.storage.version(spec))
-        if self.span is not None and spec is not DUPLICATES:
-            there = there.where(self.span)
-        known = there.select("raw_id").join(self._hint(rows.select("raw_id")), "raw_id", "left_semi")
-        hits = known.count()
-        return (rows.join(self._hint(known), "raw_id", "left_anti") if hits else rows), count - hits
-
-    def _append(self, spec: TableSpec, rows: DataFrame, added: dict[str, int]) -> list[Callable[[], None]]:
-        if not added[spec.name]:
-            return []
-        files = added[spec.name] // _ROWS_PER_FILE + 1
-        few = rows.coalesce(files) if self.small else rows
-        return [lambda: self.storage.append(spec, few)]
-
-    def _merge(self, resolved: DataFrame) -> None:
-        superseding = resolved.where(F.col("outcome") == resolve.SUPERSEDING).select(*EVENTS.schema.names)
-        rows = cut(superseding, {}, cached=False).rows
-        newer = "struct(new.event_time, new.content_hash) > struct(old.event_time, old.content_hash)"
-
-        def run() -> None:
-            merge = self.storage.table(EVENTS).alias("old").merge(rows.alias("new"), "old.event_id = new.event_id")
-            merge.whenMatchedUpdateAll(condition=newer).execute()
-
-        self.storage.with_retries(run, self.settings.serving.merge_attempts, "events")
-
-    def _refold_users(
-        self, resolved: DataFrame, current: DataFrame, found: dict[str, int], writes: list[Future[None]]
-    ) -> DataFrame | None:
-        """Users of superseded and superseding events, and owners of retracted events.
-
-        A replay finds the superseding event already in `events`; what it replaced is then known through duplicates.
-        """
-        replaced: list[DataFrame] = []
-        if found[resolve.SUPERSEDING]:
-            replaced.append(resolved.where(F.col("outcome") == resolve.SUPERSEDING).select("old.*"))
-            replaced.append(resolved.where(F.col("outcome") == resolve.SUPERSEDING).select(*EVENTS.schema.names))
-        if found[resolve.STORED] and self.micro_batch:
-            replaced += self._replaced_before(current)
-        retraction = F.col("event_type") == self.retraction_type
-        # Who takes an event back need not be its user, and has no other window for it.
-        users = [r.where(~retraction).select("user_id") for r in replaced]
-        retracted = [r.where(retraction).select("retracts") for r in replaced]
-        if found["retractions"]:
-            retracted.append(current.where(retraction).select("retracts"))
-        if retracted:
-            targets = _all(retracted).select(F.col("retracts").alias("event_id")).distinct()
-            # A retraction and its event may come together.
-            finish(writes)
-            users.append(
-                self.storage.read(EVENTS).join(F.broadcast(targets), "event_id", "left_semi").select("user_id")
-            )
-        if not users:
-            return None
-        refold = cut(_all(users).distinct(), {"users": F.count("user_id")})
-        self.cuts.append(refold)
-        return refold.rows if refold.totals["users"] else None
-
-    def _replaced_before(self, current: DataFrame) -> list[DataFrame]:
-        stored = current.where(F.col("outcome") == resolve.STORED).select(F.col("raw_id").alias("kept_raw_id"))
-        copies = self.storage.read(DUPLICATES).join(self._hint(stored), "kept_raw_id", "left_semi")
-        raw = self.storage.read(RAW_EVENTS).join(F.broadcast(copies.select("raw_id")), "raw_id", "left_semi")
-        old = parsed(raw, self.settings)
-        old = old.where(F.col("reason").isNull()).select(*EVENTS.schema.names)
-        return [] if old.isEmpty() else [old, current.select(*EVENTS.schema.names)]
-
-    def _hint(self, rows: DataFrame) -> DataFrame:
-        return F.broadcast(rows) if self.small else rows
-
-    def _log(self, added: dict[str, int]) -> None:
-        log.info("recorded", extra={"rows": self.raw, "added": added})
+def _accepted(
+    arrival: Arrival, resolution: Resolution, retraction_type: str
+) -> tuple[DataFrame | None, pa.Table | None]:
+    """As of `Recorded`."""
+    if not arrival.valid:
+        return None, None
+    accepted, there = resolution.accepted(retraction_type), arrival.valid_table
+    if there is None:
+        return accepted, None
+    return accepted, there.select(EVENTS.schema.names) if resolution.as_they_came else accepted.toArrow()
 
 
-def _duplicates(resolved: DataFrame) -> DataFrame:
-    """DUPLICATES rows: the repetitions of the batch, and the stored events that it replaces."""
-    here = resolved.where(F.col("outcome") == resolve.DUPLICATE).select(*DUPLICATES.schema.names)
-    replaced = resolved.where(F.col("outcome") == resolve.SUPERSEDING).select(
-        "old.raw_id", "event_id", F.col("raw_id").alias("kept_raw_id"), "old.arrival_time"
-    )
-    return here.unionByName(replaced)
+def _touching(
+    storage: Storage, arrival: Arrival, resolution: Resolution, settings: Settings, with_earlier: bool
+) -> DataFrame | None:
+    """EVENTS rows that no fold takes up by itself: superseded and superseding ones, and retractions; None for none.
 
-
-def _all(frames: list[DataFrame]) -> DataFrame:
-    first, *rest = frames
+    with_earlier: also those that an earlier call with these rows has superseded. A replay finds the superseding event
+    already in `events`; what it replaced is then known through duplicates.
+    """
+    frames: list[DataFrame] = []
+    if resolution.superseding:
+        frames += [resolution.superseded, resolution.having(resolve.SUPERSEDING)]
+    if with_earlier and resolution.stored:
+        earlier = _superseded_earlier(storage, arrival, resolution, settings)
+        frames += [] if earlier.isEmpty() else [earlier, resolution.kept]
+    if resolution.retractions:
+        frames.append(resolution.kept.where(F.col("event_type") == settings.events.retraction_type))
+    if not frames:
+        return None
+    first, *rest = (frame.select(*EVENTS.schema.names) for frame in frames)
     for frame in rest:
         first = first.unionByName(frame)
     return first
+
+
+def _superseded_earlier(storage: Storage, arrival: Arrival, resolution: Resolution, settings: Settings) -> DataFrame:
+    """EVENTS rows, as their payloads tell them, in whose place those of the rows stand that are in `events` already."""
+    stored = resolution.kept.where(F.col("outcome") == resolve.STORED).select(F.col("raw_id").alias("kept_raw_id"))
+    copies = storage.read(DUPLICATES).join(arrival.broadcast(stored), "kept_raw_id", "left_semi")
+    raw = storage.read(RAW_EVENTS).join(F.broadcast(copies.select("raw_id")), "raw_id", "left_semi")
+    return parsed(raw, settings).where(F.col("reason").isNull()).select(*EVENTS.schema.names)

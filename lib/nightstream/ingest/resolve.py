@@ -2,13 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
-from nightstream.store.tables import EVENTS
+from nightstream.ingest.history import for_fold
+from nightstream.store.tables import DUPLICATES, EVENTS
 
 # What `resolve` makes of a valid row.
-NEW, SUPERSEDING, STORED, DUPLICATE = "new", "superseding", "stored", "duplicate"
+NEW, SUPERSEDING, STORED, DUPLICATE = OUTCOMES = ("new", "superseding", "stored", "duplicate")
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What becomes of the valid rows of one call.
+
+    rows: as `settle` gives them. new, superseding, stored, duplicate: how many have each outcome. retractions: how many
+    of the kept rows are retractions. as_they_came: whether nothing had to be looked for: all are new, and none is dead.
+    """
+
+    rows: DataFrame
+    new: int = 0
+    superseding: int = 0
+    stored: int = 0
+    duplicate: int = 0
+    retractions: int = 0
+    as_they_came: bool = False
+
+    def having(self, outcome: str) -> DataFrame:
+        """The rows with this outcome."""
+        return self.rows.where(F.col("outcome") == outcome)
+
+    @property
+    def kept(self) -> DataFrame:
+        """The rows that are in `events` in the end, retractions included."""
+        return self.rows.where(F.col("raw_id") == F.col("kept_raw_id"))
+
+    @property
+    def superseded(self) -> DataFrame:
+        """EVENTS rows of which others take the place."""
+        return self.having(SUPERSEDING).select("old.*")
+
+    @property
+    def repetitions(self) -> DataFrame:
+        """DUPLICATES rows: the repetitions among the rows, and the stored events that are superseded."""
+        here = self.having(DUPLICATE).select(*DUPLICATES.schema.names)
+        replaced = self.having(SUPERSEDING).select(
+            "old.raw_id", "event_id", F.col("raw_id").alias("kept_raw_id"), "old.arrival_time"
+        )
+        return here.unionByName(replaced)
+
+    def accepted(self, retraction_type: str) -> DataFrame:
+        """EVENTS rows to be folded into windows, as history.foldable gives them."""
+        return for_fold(self.kept, F.col("dead"), retraction_type).select(*EVENTS.schema.names)
 
 
 def mentions(events: DataFrame, ids: DataFrame, retraction_type: str) -> DataFrame:

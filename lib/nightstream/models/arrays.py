@@ -44,6 +44,15 @@ class ItemFeatures:
     def has_content(self) -> bool:
         return bool(self.numbers.shape[1] or self.categories or self.tokens.shape[1])
 
+    def take(self, rows: np.ndarray) -> ItemFeatures:
+        return ItemFeatures(
+            self.numbers[rows],
+            tuple(c[rows] for c in self.categories),
+            self.category_sizes,
+            self.tokens[rows],
+            self.vocabulary_size,
+        )
+
 
 @dataclass(frozen=True)
 class UserFeatures:
@@ -132,7 +141,7 @@ class Lists:
 
     rows: int32 [B, K], 1-based catalogue rows; 0 behind the last eligible item.
     scores: float32 [B, K], descending within a list.
-    strategies: int8 [B, K], index into explain.STRATEGIES.
+    strategies: int8 [B, K], index into strategies.STRATEGIES.
     because: int32 [B, K], the 1-based row of the window item that the reason names, 0 where none.
     vectors: float32 [B, D], the user vectors, unit length (all zero for a user with an empty window).
     """

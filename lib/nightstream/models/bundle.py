@@ -14,6 +14,7 @@ import pyarrow as pa
 from nightstream.errors import ArtifactError
 from nightstream.models.arrays import Catalogue
 from nightstream.models.arrow import combined
+from nightstream.models.artifacts import from_artifacts
 from nightstream.models.features import FeatureStatistics
 from nightstream.models.model import Model
 
@@ -64,7 +65,7 @@ class Loaded:
             )
         statistics = FeatureStatistics.from_json(files.pop(FEATURES_FILE).decode())
         catalogue, item_ids = decode_catalogue(payload.catalogue)
-        return cls(Model.from_artifacts(files), statistics, catalogue, item_ids)
+        return cls(from_artifacts(files), statistics, catalogue, item_ids)
 
     def withdrawn(self) -> pa.Table:
         """item_id of the items that are not to be recommended."""

@@ -1,34 +1,19 @@
-"""A trained model as one thing: encoders, sources and ranker, to and from files, and the lists that they give."""
+"""A trained model as one thing: encoders, sources and ranker, and the vectors and lists that they give."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_arrays
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
 from nightstream.errors import ArtifactError
-from nightstream.models.array_files import pack_arrays
 from nightstream.models.arrays import Catalogue, ItemFeatures, Lists, Windows
-from nightstream.models.encoders import (
-    Batch,
-    EncoderSizes,
-    ItemEncoder,
-    ItemSizes,
-    SequenceEncoder,
-    build_sequence_encoder,
-)
-from nightstream.models.encoders.base import gap_buckets
-from nightstream.models.encoders.item import ItemBatch
+from nightstream.models.encoders import ItemEncoder, SequenceEncoder
+from nightstream.models.encoders.tensors import item_batch, sequence_batch
 from nightstream.models.ranking.candidate_sources import Sources
 from nightstream.models.ranking.candidates import Prepared, prepare
 from nightstream.models.ranking.ranker import Ranker
@@ -178,88 +163,22 @@ class Model:
         return replace(windows, items=items, types=types, times=np.where(items > 0, times, 0), values=values)
 
     def _encode_block(self, windows: Windows, table: Prepared) -> np.ndarray:
-        items = torch.from_numpy(windows.items.astype(np.int64))
-        mask = items > 0
         parts = []
         for member, vectors in zip(self.members, table.padded_members, strict=True):
             length = member.sequence.sizes.window
-            own = mask[:, -length:]
-            batch = Batch(
-                torch.from_numpy(vectors)[items[:, -length:]],
-                torch.from_numpy(windows.types[:, -length:].astype(np.int64)),
-                gap_buckets(torch.from_numpy(windows.times[:, -length:]), own),
-                torch.from_numpy(np.ascontiguousarray(windows.values[:, -length:])) * own,
-                own,
-                torch.from_numpy(np.asarray(windows.users.numbers, np.float32)),
-                tuple(torch.from_numpy(c.astype(np.int64)) for c in windows.users.categories),
+            items = windows.items[:, -length:].astype(np.int64)
+            batch = sequence_batch(
+                torch.from_numpy(vectors)[torch.from_numpy(items)],
+                windows.types[:, -length:],
+                windows.times[:, -length:],
+                windows.values[:, -length:],
+                items > 0,
+                windows.users,
             )
             with torch.no_grad():
                 user = member.sequence.last(batch).numpy()
             parts.append(user * np.float32(member.weight**0.5))
         return unit(np.concatenate(parts, 1))
-
-    def to_artifacts(self) -> dict[str, bytes]:
-        """Files by name: model.json, one safetensors per encoder and for the sources, and ranker.ubj."""
-        files = {"sources.safetensors": pack_arrays(self.sources.to_arrays())}
-        members = []
-        for member in self.members:
-            parts = (("items", member.items), ("sequence", member.sequence))
-            weights = {f"{p}.{k}": v.contiguous() for p, module in parts for k, v in module.state_dict().items()}
-            weights["trained"] = torch.from_numpy(np.asarray(member.trained, np.uint8))
-            files[f"encoder.{member.name}.safetensors"] = save_tensors(weights)
-            sizes = {"items": asdict(member.items.sizes), "sequence": asdict(member.sequence.sizes)}
-            members.append({"name": member.name, "weight": member.weight, **sizes})
-        if self.ranker is not None:
-            files["ranker.ubj"] = self.ranker.to_bytes()
-        about = {
-            "format": 1,
-            "item_ids": self.item_ids,
-            "event_types": self.event_types,
-            "members": members,
-            "ranker_enabled": self.ranker_enabled,
-            "metrics": self.metrics,
-            "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
-        }
-        return {"model.json": json.dumps(about).encode(), **files}
-
-    @classmethod
-    def from_artifacts(cls, artifacts: dict[str, bytes]) -> Model:
-        """What to_artifacts gave. ArtifactError if a part is missing, damaged, or not of this format."""
-        try:
-            about = json.loads(artifacts["model.json"])
-            if about["format"] != 1:
-                raise ArtifactError(f"model format {about['format']} is not known here")
-            for name, digest in about["sha256"].items():
-                if hashlib.sha256(artifacts[name]).hexdigest() != digest:
-                    raise ArtifactError(f"{name} is damaged: its checksum is not the one in model.json")
-            members = [_load_member(m, artifacts[f"encoder.{m['name']}.safetensors"]) for m in about["members"]]
-            sources = Sources.from_arrays(load_arrays(artifacts["sources.safetensors"]))
-            ranker = None
-            if "ranker.ubj" in about["sha256"]:
-                ranker = Ranker.from_bytes(artifacts["ranker.ubj"], tuple(m.name for m in members))
-            return cls(
-                about["item_ids"],
-                about["event_types"],
-                members,
-                sources,
-                ranker,
-                about["ranker_enabled"],
-                about["metrics"],
-            )
-        except KeyError as error:
-            raise ArtifactError(f"the model lacks {error}") from error
-        except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
-            raise ArtifactError(f"the model can't be read: {error}") from error
-
-
-def _load_member(about: dict[str, Any], data: bytes) -> Member:
-    tensors = load_tensors(data)
-    items = ItemEncoder(ItemSizes(**{**about["items"], "category_sizes": tuple(about["items"]["category_sizes"])}))
-    sizes = {**about["sequence"], "user_categories": tuple(about["sequence"]["user_categories"])}
-    sequence = build_sequence_encoder(EncoderSizes(**sizes))
-    items.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("items.")})
-    sequence.load_state_dict({k[9:]: v for k, v in tensors.items() if k.startswith("sequence.")})
-    return Member(about["name"], items, sequence, float(about["weight"]), tensors["trained"].numpy().astype(bool))
 
 
 def _encode_items(encoder: ItemEncoder, features: ItemFeatures, ids: np.ndarray) -> np.ndarray:
@@ -267,14 +186,8 @@ def _encode_items(encoder: ItemEncoder, features: ItemFeatures, ids: np.ndarray)
     out = np.zeros((len(ids), encoder.sizes.width), np.float32)
     for start in range(0, len(ids), ITEM_BLOCK):
         rows = np.minimum(np.arange(start, start + ITEM_BLOCK), len(ids) - 1)
-        batch = ItemBatch(
-            torch.from_numpy(ids[rows]),
-            torch.from_numpy(np.asarray(features.numbers[rows], np.float32)),
-            tuple(torch.from_numpy(np.asarray(c[rows], np.int64)) for c in features.categories),
-            torch.from_numpy(np.asarray(features.tokens[rows], np.int64)),
-        )
         with torch.no_grad():
-            vectors = encoder(batch).numpy()
+            vectors = encoder(item_batch(features.take(rows), ids[rows])).numpy()
         stop = min(start + ITEM_BLOCK, len(ids))
         out[start:stop] = vectors[: stop - start]
     return out

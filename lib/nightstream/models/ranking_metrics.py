@@ -36,14 +36,6 @@ def ndcg(ranks: np.ndarray, k: int) -> float:
     return float(gains(ranks, k).mean()) if len(ranks) else 0.0
 
 
-def mrr(ranks: np.ndarray, k: int | None = None) -> float:
-    """Mean reciprocal rank, 0 beyond k if k is given."""
-    if not len(ranks):
-        return 0.0
-    hit = ranks > 0 if k is None else (ranks > 0) & (ranks <= k)
-    return float(np.where(hit, 1 / np.maximum(ranks, 1), 0.0).mean())
-
-
 def coverage(rows: np.ndarray, items: int) -> float:
     """The share of `items` catalogue items that at least one list in rows [B, K] holds (0 = empty place)."""
     return len(np.unique(rows[rows > 0])) / items if items else 0.0

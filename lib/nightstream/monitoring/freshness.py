@@ -12,6 +12,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+from nightstream.ingest.history import entering_sql
 from nightstream.monitoring.measurements import SHARES
 from nightstream.runtime.settings import Settings
 from nightstream.store.storage import Storage
@@ -21,21 +22,17 @@ log = logging.getLogger(__name__)
 
 VIEW = "freshness"
 _READ = (EVENTS, USER_VECTORS, RECOMMENDATIONS)
-# SQL, because a view is SQL. `retracted` and `live` say what events.live says; a test compares the two.
-# due: the events that belong into the window, as far as its oldest event tells: all of them while it has room.
+# SQL, because a view is SQL. due: the events that belong into the window, as far as its oldest event tells: all of them
+# while it has room.
 _QUERY = """
-WITH retracted AS (
-  SELECT retracts FROM {events} WHERE event_type = {retraction_type}
-), live AS (
-  SELECT e.user_id, e.event_time, e.event_id
-  FROM {events} e LEFT ANTI JOIN retracted r ON e.event_id = r.retracts
-  WHERE e.event_type IN ({window_types})
+WITH entering AS (
+  {entering}
 ), states AS (
   SELECT user_id, revision, size(window) AS kept, get(window, 0) AS oldest FROM {user_vectors}
 ), lists AS (
   SELECT user_id, revision, as_of, refreshed_at, model_version FROM {recommendations} WHERE rank = 1
 ), everyone AS (
-  SELECT user_id, event_time, event_id FROM live UNION ALL SELECT user_id, NULL, NULL FROM states
+  SELECT user_id, event_time, event_id FROM entering UNION ALL SELECT user_id, NULL, NULL FROM states
 ), counted AS (
   SELECT
     e.user_id,
@@ -64,10 +61,11 @@ FROM counted c LEFT JOIN lists l ON c.user_id = l.user_id
 
 def query(storage: Storage, settings: Settings) -> str:
     """The definition, as SQL over the tables of an installation."""
+    rules = settings.events
     return _QUERY.format(
-        **{spec.name: storage.sql_name(spec) for spec in _READ},
-        retraction_type=_literal(settings.events.retraction_type),
-        window_types=", ".join(map(_literal, settings.events.window_types)),
+        entering=entering_sql(storage.sql_name(EVENTS), rules.retraction_type, rules.window_types),
+        user_vectors=storage.sql_name(USER_VECTORS),
+        recommendations=storage.sql_name(RECOMMENDATIONS),
         length=settings.window.length,
     )
 
@@ -118,8 +116,3 @@ def summary(rows: DataFrame) -> dict[str, float]:
         found |= {f"freshness_age_p{share}_s": age for share, age in zip(SHARES, row.ages, strict=True)}
         found["freshness_age_max_s"] = row.oldest
     return found
-
-
-def _literal(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"

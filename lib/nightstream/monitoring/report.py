@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from html import escape
 from importlib.resources import files
-from string import Template
 from typing import Any, TypedDict
 
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from nightstream.monitoring import report_figures
 from nightstream.monitoring.measurements import percentile
+
+# So much of the full width has the bar of a list's lowest score, in percent: a mark to see.
+LOWEST_BAR = 6.0
 
 # An epoch of one training run: encoder, stage ("first-…" is validated, "refit-…" is not), epoch from 1, loss, NDCG@10.
 EpochRow = TypedDict(
@@ -88,36 +90,54 @@ def demo_report(
     example: Mapping[str, Any],
     summary: Mapping[str, Any],
 ) -> str:
-    """The page as text.
+    """The page as text. Anything may be empty: its section then says so.
 
-    history: EpochRow; quality: QualityRow; example: Example; summary: Summary. Anything may be empty: its section then
-    says so. Nothing is loaded from anywhere; plotly lies in the page once.
+    Nothing is loaded from anywhere; plotly lies in the page once.
+
+    Args:
+        history: EpochRow each.
+        quality: QualityRow each.
+        example: Example.
+        summary: Summary.
     """
-    figures = {
+    charts = {
         "training": report_figures.training(history),
         "quality": report_figures.quality(quality),
         "delays": report_figures.delays(summary.get("delays", [])),
     }
-    drawn = {name: figure for name, figure in figures.items() if figure is not None}
-    page = Template(files("nightstream.monitoring").joinpath("report_page.html").read_text(encoding="utf-8"))
-    return page.substitute(
+    before, after = example.get("before", []), example.get("after", [])
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
+        files("nightstream.monitoring").joinpath("report_page.html").read_text(encoding="utf-8")
+    )
+    return page.render(
         tiles=_tiles(quality, summary),
-        training=_figure("training", drawn, "No encoder was trained in this run."),
-        quality=_figure("quality", drawn, "No event was replayed, so there is nothing to measure."),
-        quality_table=_quality_table(quality),
-        user=escape(str(example.get("user_id", ""))),
-        window=_window(example.get("window", [])),
-        before=_list(example.get("before", []), []),
-        after=_list(example.get("after", []), example.get("before", [])),
-        ingest=_counts(summary.get("ingest", {})),
-        delays=_figure("delays", drawn, "No micro-batch ran."),
-        # "</" would end the script element, whatever string it stands in.
-        figures=json.dumps(drawn).replace("</", "<\\/"),
-        plotly=get_plotlyjs(),
+        charts=charts,
+        figures=report_figures.figures(charts.values()),
+        quality=_quality_rows(quality),
+        user=example.get("user_id", ""),
+        lists=[
+            ("The list of the night", _ranked(before, None)),
+            ("The list after the stream", _ranked(after, before)),
+        ],
+        window=[_window_row(entry) for entry in example.get("window", [])],
+        ingest=[(name, f"{count:,}") for name, count in _flat(summary.get("ingest", {}))],
+        plotly=Markup(get_plotlyjs()),
     )
 
 
-def _tiles(quality: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str:
+def bars(scores: Sequence[float]) -> list[float]:
+    """The width of each score's bar in percent: even steps from LOWEST_BAR for the lowest to 100 for the best.
+
+    Scores may be negative and have no zero of their own: only their order and their distances say something.
+    """
+    low, best = min(scores, default=0.0), max(scores, default=0.0)
+    if low == best:
+        return [100.0] * len(scores)
+    return [LOWEST_BAR + (100.0 - LOWEST_BAR) * (score - low) / (best - low) for score in scores]
+
+
+def _tiles(quality: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The figures on top: value, name, note."""
     stream, delays = summary.get("stream", {}), summary.get("delays", [])
     everyone = {row["delay_s"]: row for row in quality if row["users"] == "all"}
     tiles: list[tuple[str, str, str]] = []
@@ -137,18 +157,11 @@ def _tiles(quality: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> 
         tiles.append((f"{percentile(delays, 50):.1f} s", "from arrival to a new list", note))
     if "seconds" in summary:
         tiles.append((_duration(summary["seconds"]), "for everything", "from the first file to this page"))
-    return "".join(
-        f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span><small>{escape(note)}</small></div>'
-        for value, name, note in tiles
-    )
+    return tiles
 
 
-def _figure(name: str, drawn: Mapping[str, Any], otherwise: str) -> str:
-    return f'<div class="figure" id="{name}"></div>' if name in drawn else f"<p class='none'>{escape(otherwise)}</p>"
-
-
-def _quality_table(quality: Sequence[Mapping[str, Any]]) -> str:
-    rows = [
+def _quality_rows(quality: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    return [
         [
             report_figures.delay_name(row["delay_s"]),
             row["users"],
@@ -158,51 +171,39 @@ def _quality_table(quality: Sequence[Mapping[str, Any]]) -> str:
         ]
         for row in sorted(quality, key=lambda r: (r["delay_s"] is None, r["delay_s"] or 0, r["users"]))
     ]
-    return _table(["delay", "users", "events", "HR@10", "NDCG@10", "NDCG@20", "coverage"], rows, numbers_from=2)
 
 
-def _window(entries: Sequence[Mapping[str, Any]]) -> str:
-    def line(entry: Mapping[str, Any]) -> list[str]:
-        when, value = entry["event_time"], entry.get("value")
-        shown = f"{when:%Y-%m-%d %H:%M}" if isinstance(when, datetime) else str(when)
-        return [shown, entry["title"], entry["event_type"], "" if value is None else f"{value:g}"]
-
-    return _table(["when", "item", "event", "value"], [line(e) for e in entries], numbers_from=3)
+def _window_row(entry: Mapping[str, Any]) -> list[str]:
+    when, value = entry["event_time"], entry.get("value")
+    shown = f"{when:%Y-%m-%d %H:%M}" if isinstance(when, datetime) else str(when)
+    return [shown, entry["title"], entry["event_type"], "" if value is None else f"{value:g}"]
 
 
-def _list(entries: Sequence[Mapping[str, Any]], earlier: Sequence[Mapping[str, Any]]) -> str:
-    """A ranked list; with `earlier`, each entry also says how it moved."""
-    if not entries:
-        return "<p class='none'>No list.</p>"
-    ranks = {e["item_id"]: e["rank"] for e in earlier}
-    top = max(abs(e["score"]) for e in entries) or 1.0
-    lines = []
-    for entry in entries:
-        width = max(0.0, 100 * entry["score"] / top)
-        moved = _moved(ranks.get(entry["item_id"]), entry["rank"]) if earlier else ""
-        lines.append(
-            f"<li><span class='rank'>{entry['rank']}</span><div class='what'><b>{escape(entry['title'])}</b>{moved}"
-            f"<small>{escape(entry['reason'])}</small></div>"
-            f"<div class='score'><i style='width:{width:.0f}%'></i><span>{entry['score']:.3f}</span></div></li>"
-        )
-    return f"<ol class='list'>{''.join(lines)}</ol>"
+def _ranked(entries: Sequence[Mapping[str, Any]], earlier: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
+    """Each entry with the width of its bar and, where there was an earlier list, how it moved since."""
+    ranks = {e["item_id"]: e["rank"] for e in earlier or ()}
+    return [
+        {
+            **entry,
+            "bar": f"{bar:.0f}",
+            "score": f"{entry['score']:.3f}",
+            "moved": _moved(ranks.get(entry["item_id"]), entry["rank"]) if earlier else None,
+        }
+        for entry, bar in zip(entries, bars([e["score"] for e in entries]), strict=True)
+    ]
 
 
-def _moved(old: int | None, new: int) -> str:
+def _moved(old: int | None, new: int) -> tuple[str, str] | None:
+    """Class and text of the mark; None where the item kept its rank."""
     if old is None:
-        return "<em class='new'>new</em>"
+        return "new", "new"
     if old == new:
-        return ""
-    return f"<em class='up'>▲ {old - new}</em>" if new < old else f"<em class='down'>▼ {new - old}</em>"
-
-
-def _counts(counts: Mapping[str, Any]) -> str:
-    """Nested counts as one table of (name, number)."""
-    rows = list(_flat(counts))
-    return _table(["", "rows"], [[name, f"{n:,}"] for name, n in rows], 1) if rows else "<p class='none'>No counts.</p>"
+        return None
+    return ("up", f"▲ {old - new}") if new < old else ("down", f"▼ {new - old}")
 
 
 def _flat(counts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    """Nested counts as one list of (name, number)."""
     found: list[tuple[str, float]] = []
     for key, value in counts.items():
         name = f"{prefix} · {key}" if prefix else str(key)
@@ -211,18 +212,6 @@ def _flat(counts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]
         elif isinstance(value, int | float) and not isinstance(value, bool):
             found.append((name, value))
     return found
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int) -> str:
-    if not rows:
-        return "<p class='none'>Nothing to show.</p>"
-
-    def cells(values: Sequence[str], tag: str) -> str:
-        kinds = ["" if i < numbers_from else " class='n'" for i in range(len(values))]
-        return "".join(f"<{tag}{k}>{escape(str(v))}</{tag}>" for k, v in zip(kinds, values, strict=True))
-
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return f"<div class='scroll'><table><thead><tr>{cells(heads, 'th')}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _duration(seconds: float) -> str:

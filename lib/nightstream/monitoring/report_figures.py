@@ -1,21 +1,51 @@
-"""The report's charts as plotly JSON; the page gives them the colours of the reader's light or dark scheme."""
+"""The report's charts as plotly JSON; the page gives them the colours of the reader's light or dark scheme.
+
+Each panel is a figure of its own, and titles and legend are text of the page: so the page can put one panel below the
+other where there is no room beside it, and nothing lies over anything.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 # Legible on a light and on a dark ground.
 COLOURS = ("#3f8efc", "#e8743b", "#19a979", "#b565d9", "#d9a400", "#6c8893")
 _USERS = {"all": COLOURS[0], "known": COLOURS[2], "unknown": COLOURS[1]}
-_HEIGHT = 350
+_HEIGHT = 280
 
 
-def training(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class Line:
+    """An entry of a legend. dash: as plotly names it."""
+
+    name: str
+    colour: str
+    dash: str = "solid"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One figure. key: its id in the page. title: empty where the section's title says it. figure: plotly JSON."""
+
+    key: str
+    title: str
+    figure: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Panels that share a legend; without lines there is none."""
+
+    panels: tuple[Panel, ...]
+    lines: tuple[Line, ...] = ()
+
+
+def training(history: Sequence[Mapping[str, Any]]) -> Chart | None:
     """Loss and validation NDCG@10 per epoch, a line per encoder; None without a validated epoch."""
     runs: dict[str, list[Mapping[str, Any]]] = {}
     for row in history:
@@ -24,67 +54,64 @@ def training(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             runs.setdefault(row["encoder"], []).append(row)
     if not runs:
         return None
-    figure = make_subplots(
-        1, 2, subplot_titles=("Training loss", "NDCG@10 on held-out events"), horizontal_spacing=0.09
+    lines = tuple(Line(encoder, COLOURS[i % len(COLOURS)]) for i, encoder in enumerate(sorted(runs)))
+
+    def panel(key: str, title: str, name: str) -> Panel:
+        figure = go.Figure()
+        for line in lines:
+            held = [r for r in sorted(runs[line.name], key=lambda r: r["epoch"]) if r.get(name) is not None]
+            _add(figure, line, [r["epoch"] for r in held], [r[name] for r in held], f"{line.name}, epoch %{{x}}")
+        figure.update_xaxes(title_text="epoch", rangemode="tozero")
+        if name != "loss":
+            figure.update_yaxes(rangemode="tozero")
+        return Panel(key, title, _json(figure))
+
+    panels = (
+        panel("training-loss", "Training loss", "loss"),
+        panel("training-ndcg", "NDCG@10 on held-out events", "ndcg@10"),
     )
-    for place, (encoder, rows) in enumerate(sorted(runs.items())):
-        rows = sorted(rows, key=lambda r: r["epoch"])
-        colour = COLOURS[place % len(COLOURS)]
-        for column, key in ((1, "loss"), (2, "ndcg@10")):
-            held = [r for r in rows if r.get(key) is not None]
-            figure.add_scatter(
-                x=[r["epoch"] for r in held],
-                y=[r[key] for r in held],
-                name=encoder,
-                legendgroup=encoder,
-                showlegend=column == 1,
-                mode="lines+markers",
-                line={"color": colour, "width": 2},
-                marker={"size": 5},
-                hovertemplate=f"{encoder}, epoch %{{x}}: %{{y:.4f}}<extra></extra>",
-                row=1,
-                col=column,
-            )
-    figure.update_xaxes(title_text="epoch", rangemode="tozero")
-    figure.update_yaxes(rangemode="tozero", col=2)
-    return _json(figure)
+    return Chart(panels, lines)
 
 
-def quality(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """NDCG@10 and HR@10 by how late the state knows an event, a line per kind of user."""
+def quality(rows: Sequence[Mapping[str, Any]]) -> Chart | None:
+    """NDCG@10 and HR@10 by how late the state knows an event, a line per kind of user; None without rows."""
     if not rows:
         return None
     delays = sorted({r["delay_s"] for r in rows if r["delay_s"] is not None})
-    order = [*delays, *([None] if any(r["delay_s"] is None for r in rows) else [])]
-    figure = make_subplots(1, 2, subplot_titles=("NDCG@10", "Hit rate at 10"), horizontal_spacing=0.09)
-    for users, colour in _USERS.items():
-        mine = {r["delay_s"]: r for r in rows if r["users"] == users}
-        if not mine:
-            continue
-        held = [d for d in order if d in mine]
-        events = max(r["events"] for r in mine.values())
-        for column, key in ((1, "ndcg@10"), (2, "hr@10")):
-            figure.add_scatter(
-                x=[delay_name(d) for d in held],
-                y=[mine[d][key] for d in held],
-                name=f"{users} users ({events:,} events)",
-                legendgroup=users,
-                showlegend=column == 1,
-                mode="lines+markers",
-                line={"color": colour, "width": 2, "dash": "solid" if users == "all" else "dot"},
-                marker={"size": 8},
-                hovertemplate=f"{users} users, %{{x}}: %{{y:.4f}}<extra></extra>",
-                row=1,
-                col=column,
-            )
-    figure.update_xaxes(title_text="how late the list knows an event", type="category", categoryorder="array")
-    figure.update_xaxes(categoryarray=[delay_name(d) for d in order])
-    figure.update_yaxes(rangemode="tozero")
-    return _json(figure)
+    order = [delay_name(d) for d in [*delays, *([None] if any(r["delay_s"] is None for r in rows) else [])]]
+    kinds = {users: {delay_name(r["delay_s"]): r for r in rows if r["users"] == users} for users in _USERS}
+    kinds = {users: mine for users, mine in kinds.items() if mine}
+    lines = {
+        users: Line(
+            f"{users} users ({max(r['events'] for r in mine.values()):,} events)",
+            _USERS[users],
+            "solid" if users == "all" else "dot",
+        )
+        for users, mine in kinds.items()
+    }
+
+    def panel(key: str, title: str, name: str) -> Panel:
+        figure = go.Figure()
+        for users, mine in kinds.items():
+            held = [delay for delay in order if delay in mine]
+            _add(figure, lines[users], held, [mine[d][name] for d in held], f"{users} users, %{{x}}")
+        figure.update_xaxes(
+            title_text="how late the list knows an event",
+            type="category",
+            categoryarray=order,
+            tickvals=order,
+            # Two lines, so that the widest label leaves room for its neighbours on a narrow screen.
+            ticktext=[name.replace(" only", "<br>only") for name in order],
+        )
+        figure.update_yaxes(rangemode="tozero")
+        return Panel(key, title, _json(figure))
+
+    panels = (panel("quality-hr", "Hit rate at 10", "hr@10"), panel("quality-ndcg", "NDCG@10", "ndcg@10"))
+    return Chart(panels, tuple(lines.values()))
 
 
-def delays(seconds: Sequence[float]) -> dict[str, Any] | None:
-    """The delay of each micro-batch, in order."""
+def delays(seconds: Sequence[float]) -> Chart | None:
+    """The delay of each micro-batch, in order; None without one."""
     if not seconds:
         return None
     figure = go.Figure()
@@ -97,8 +124,13 @@ def delays(seconds: Sequence[float]) -> dict[str, Any] | None:
     )
     figure.update_xaxes(title_text="micro-batch")
     figure.update_yaxes(title_text="seconds", rangemode="tozero")
-    figure.update_layout(showlegend=False, bargap=0.15)
-    return _json(figure)
+    figure.update_layout(bargap=0.15)
+    return Chart((Panel("delays", "", _json(figure)),))
+
+
+def figures(charts: Iterable[Chart | None]) -> dict[str, dict[str, Any]]:
+    """The figures of all panels by their keys."""
+    return {panel.key: panel.figure for chart in charts if chart is not None for panel in chart.panels}
 
 
 def delay_name(delay_s: float | None) -> str:
@@ -113,15 +145,28 @@ def delay_name(delay_s: float | None) -> str:
     return f"{delay_s:g} s"
 
 
+def _add(figure: go.Figure, line: Line, x: Sequence[Any], y: Sequence[float], hover: str) -> None:
+    figure.add_scatter(
+        x=list(x),
+        y=list(y),
+        name=line.name,
+        mode="lines+markers",
+        line={"color": line.colour, "width": 2, "dash": line.dash},
+        marker={"size": 7},
+        hovertemplate=f"{hover}: %{{y:.4f}}<extra></extra>",
+    )
+
+
 def _json(figure: go.Figure) -> dict[str, Any]:
     figure.update_layout(
         template="none",
         height=_HEIGHT,
-        margin={"l": 56, "r": 16, "t": 44, "b": 92},
-        legend={"orientation": "h", "y": -0.34, "x": 0},
+        margin={"l": 44, "r": 12, "t": 10, "b": 44},
+        showlegend=False,
         hovermode="closest",
     )
-    figure.update_xaxes(automargin=True, zeroline=False, title_font_size=13, title_standoff=8)
-    figure.update_yaxes(automargin=True, zeroline=False, title_font_size=13)
+    # No oblique labels: they lie over each other where the screen is narrow.
+    figure.update_xaxes(automargin=True, zeroline=False, title_standoff=8, autotickangles=[0, 90])
+    figure.update_yaxes(automargin=True, zeroline=False, title_standoff=8, nticks=6)
     document: dict[str, Any] = json.loads(figure.to_json())
     return document

@@ -1,18 +1,19 @@
-"""Logging: readable lines, or one JSON object per line, both on stderr and both with the `extra` fields."""
+"""Logging on stderr: readable lines, or one JSON object per line, both with the `extra` fields of the call."""
 
 from __future__ import annotations
 
-import json
 import logging
 from datetime import UTC, datetime
 from typing import Any
 
-from rich.text import Text
+from pythonjsonlogger.json import JsonFormatter as BaseJsonFormatter
+from rich.highlighter import NullHighlighter
+from rich.logging import RichHandler
 
 from nightstream.runtime.console import stderr
 
 _RESERVED = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-_STYLES = {logging.WARNING: "yellow", logging.ERROR: "bold red", logging.CRITICAL: "bold red"}
+_TIME = "%H:%M:%S"
 
 # Loggers that tell of their own inner life; what matters of it reaches us as exceptions.
 _CHATTY = {
@@ -28,7 +29,7 @@ def configure(as_json: bool = False, level: int = logging.INFO) -> None:
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
-    root.addHandler(JsonHandler() if as_json else LineHandler())
+    root.addHandler(JsonHandler() if as_json else _line_handler())
     root.setLevel(level)
     logging.captureWarnings(True)
     for name, least in _CHATTY.items():
@@ -40,21 +41,25 @@ def extra_fields(record: logging.LogRecord) -> dict[str, Any]:
     return {key: value for key, value in vars(record).items() if key not in _RESERVED}
 
 
-class JsonFormatter(logging.Formatter):
+class JsonFormatter(BaseJsonFormatter):
     """One JSON object: at, level, logger, message, the extra fields, and `trace` where there is an exception."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        document: dict[str, Any] = {
+    def __init__(self) -> None:
+        super().__init__(rename_fields={"exc_info": "trace"}, json_default=str, json_ensure_ascii=False)
+
+    def add_fields(self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]) -> None:
+        ours = {
             "at": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
         }
+        log_data.update(ours)
+        super().add_fields(log_data, record, message_dict)
         # A caller's field never hides one of ours.
-        document = {**extra_fields(record), **document}
-        if record.exc_info:
-            document["trace"] = self.formatException(record.exc_info)
-        return json.dumps(document, default=str, ensure_ascii=False)
+        log_data.update(ours)
+        if "exc_info" in message_dict:
+            log_data["trace"] = message_dict["exc_info"]
 
 
 class JsonHandler(logging.StreamHandler):
@@ -65,30 +70,37 @@ class JsonHandler(logging.StreamHandler):
         self.setFormatter(JsonFormatter())
 
 
-class LineHandler(logging.Handler):
-    """Writes `time message key=value …` to stderr, coloured on a terminal.
+class LineFormatter(logging.Formatter):
+    """`message key=value …`, then the trace where there is an exception.
 
-    It shares the console of the progress bars, which else would be torn by a line that they know nothing of.
+    Args:
+        prefixed: Put the time, and a level other than info, before the message.
     """
 
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            stderr.print(_line(record), highlight=False, soft_wrap=True)
-        except Exception:
-            self.handleError(record)
+    def __init__(self, prefixed: bool) -> None:
+        super().__init__(datefmt=_TIME)
+        self.prefixed = prefixed
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        fields = "".join(f" {key}={_short(value)}" for key, value in extra_fields(record).items())
+        if not self.prefixed:
+            return record.message + fields
+        level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()} "
+        return f"{self.formatTime(record, self.datefmt)} {level}{record.message}{fields}"
 
 
-def _line(record: logging.LogRecord) -> Text:
-    style = _STYLES.get(record.levelno, "")
-    line = Text.assemble((f"{datetime.fromtimestamp(record.created):%H:%M:%S} ", "dim"))
-    if record.levelno != logging.INFO:
-        line.append(f"{record.levelname.lower()} ", style)
-    line.append(record.getMessage(), style)
-    for key, value in extra_fields(record).items():
-        line.append(f" {key}={_short(value)}", "dim")
-    if record.exc_info:
-        line.append("\n" + logging.Formatter().formatException(record.exc_info))
-    return line
+def _line_handler() -> logging.Handler:
+    """On a terminal rich's handler; elsewhere plain lines, which no column width folds."""
+    if not stderr.is_terminal:
+        plain = logging.StreamHandler()
+        plain.setFormatter(LineFormatter(prefixed=True))
+        return plain
+    # It shares the console of the progress bars, which else would be torn by a line that they know nothing of.
+    rich = RichHandler(
+        console=stderr, show_path=False, omit_repeated_times=False, highlighter=NullHighlighter(), keywords=[]
+    )
+    rich.setFormatter(LineFormatter(prefixed=False))
+    return rich
 
 
 def _short(value: Any) -> str:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from nightstream.errors import MachineError
-from nightstream.runtime.jvm_log import Chatter
+from nightstream.runtime import console
+from nightstream.runtime.jvm_log import JvmLog
 from nightstream.runtime.settings import SparkSettings
 
+log = logging.getLogger(__name__)
+
+DEFAULT_CONNECT_PORT = 15002
 SUPPORTED_JAVA = (17, 21)
 _WANTED = "install Java 17 or 21 (on Debian: apt-get install openjdk-17-jre-headless) and set JAVA_HOME to it"
 _EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
@@ -38,16 +45,20 @@ def check_java() -> None:
 
 
 def build(settings: SparkSettings, app_name: str = "nightstream", extra: dict[str, str] | None = None):
-    """The running session where there is one (Databricks, Spark Connect), else one of our own, with Delta.
+    """The running session where there is one (Databricks), one on the Spark Connect server that SPARK_REMOTE or
+    spark.remote names, else one of our own, with Delta.
 
     Under spark-submit its settings win over ours. `extra` are Spark settings on top of all.
-    Raises MachineError for a missing or wrong Java and where the packages cannot be fetched.
+    Raises MachineError for a missing or wrong Java, where the packages cannot be fetched and where no server answers.
     """
     from pyspark.sql import SparkSession
 
     session = SparkSession.getActiveSession()
-    if session is None and ("DATABRICKS_RUNTIME_VERSION" in os.environ or "SPARK_REMOTE" in os.environ):
+    remote = os.environ.get("SPARK_REMOTE") or settings.remote
+    if session is None and "DATABRICKS_RUNTIME_VERSION" in os.environ:
         session = SparkSession.builder.appName(app_name).getOrCreate()
+    elif session is None and remote is not None:
+        session = _connected(remote, app_name)
     if session is not None:
         _set_what_can_be({**_common(settings), **(extra or {})}, session)
         return session
@@ -62,6 +73,33 @@ def build(settings: SparkSettings, app_name: str = "nightstream", extra: dict[st
     session = builder.getOrCreate()
     session.conf.set("spark.sql.session.timeZone", "UTC")
     return session
+
+
+def is_remote(session: Any) -> bool:
+    """Whether a session is one of Spark Connect."""
+    return type(session).__module__.startswith("pyspark.sql.connect.")
+
+
+def _connected(remote: str, app_name: str) -> Any:
+    """A session on a Spark Connect server. remote: sc://host:port, with parameters behind it where the server asks for
+    them. Raises MachineError where nobody answers there, and where this Python lacks the client."""
+    # What follows host and port may hold a token.
+    server = urlsplit(remote)
+    shown = f"sc://{server.hostname}:{server.port or DEFAULT_CONNECT_PORT}"
+    if not getproxies():
+        # The client itself would try for ten minutes.
+        try:
+            socket.create_connection((server.hostname or "", server.port or DEFAULT_CONNECT_PORT), 10).close()
+        except OSError as error:
+            raise MachineError(
+                f"no Spark Connect server answers at {shown} ({error}); start it, or mend spark.remote or SPARK_REMOTE"
+            ) from error
+    from pyspark.sql import SparkSession
+
+    try:
+        return SparkSession.builder.remote(remote).appName(app_name).getOrCreate()
+    except ImportError as error:
+        raise MachineError(f"Spark Connect needs more of PySpark: pip install 'pyspark[connect]' ({error})") from error
 
 
 def _common(settings: SparkSettings) -> dict[str, str]:
@@ -105,10 +143,31 @@ def _own(settings: SparkSettings, master: str) -> dict[str, str]:
 
 
 def _set_what_can_be(configuration: dict[str, str], session: Any) -> None:
-    """Shared and serverless clusters refuse settings that they decide themselves; nothing here depends on those."""
+    """Set what the session lets us set, and warn of the settings that it keeps otherwise.
+
+    Shared and serverless clusters refuse settings that they decide themselves.
+    """
+    refused: dict[str, str] = {}
     for key, value in configuration.items():
-        with contextlib.suppress(Exception):
+        try:
             session.conf.set(key, value)
+        except Exception as error:
+            if not _has(session, key, value):
+                refused[key] = str(error).partition("\n")[0]
+    if refused:
+        log.warning(
+            "the session refuses settings of ours and keeps its own values of %s",
+            ", ".join(refused),
+            extra={"reason": next(iter(refused.values()))},
+        )
+
+
+def _has(session: Any, key: str, value: str) -> bool:
+    """Whether the setting has this value; False where the session does not tell."""
+    try:
+        return session.conf.get(key, None) == value
+    except Exception:
+        return False
 
 
 def _submitted(settings: SparkSettings) -> dict[str, str]:
@@ -160,15 +219,16 @@ def _launch(configuration: dict[str, str]) -> None:
     if SparkContext._gateway is not None:
         return
     conf = SparkConf(loadDefaults=False).setAll(list(configuration.items()))
-    with Chatter() as chatter:
-        try:
-            gateway = launch_gateway(conf, {"stderr": chatter.pipe})
-        except PySparkRuntimeError as error:
-            packages = configuration.get("spark.jars.packages", "")
-            if chatter.said("unresolved dependency", "download failed", "not found"):
-                raise MachineError(
-                    f"Spark could not fetch {packages}: check the connection to the Maven repository, "
-                    "or remove half-fetched packages from ~/.m2 and ~/.ivy2.5.2"
-                ) from error
-            raise MachineError(f"Spark's JVM did not start: {chatter.last() or 'it said nothing'}") from error
+    jvm_log = JvmLog()
+    try:
+        with console.working(lambda: "starting Spark"), jvm_log:
+            gateway = launch_gateway(conf, {"stderr": jvm_log.pipe})
+    except PySparkRuntimeError as error:
+        packages = configuration.get("spark.jars.packages", "")
+        if jvm_log.said("unresolved dependency", "download failed", "not found"):
+            raise MachineError(
+                f"Spark could not fetch {packages}: check the connection to the Maven repository, "
+                "or remove half-fetched packages from ~/.m2 and ~/.ivy2.5.2"
+            ) from error
+        raise MachineError(f"Spark's JVM did not start: {jvm_log.last() or 'it said nothing'}") from error
     SparkContext._ensure_initialized(gateway=gateway)

@@ -1,23 +1,26 @@
 """Typed, range-checked settings: base.yaml, overlays, and `--set key=value` on top.
 
-The values live in conf/base.yaml alone; the classes here give the types and the ranges.
+The values live in conf/base.yaml alone; the classes here give the types and the ranges. conf/ is also a folder of the
+package, so an installation from the wheel has the same files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from nightstream.errors import SettingsError
 from nightstream.runtime import secrets
 
+CONF = (Path(__file__).parents[1] / "conf").resolve()
 EVENT_COLUMNS = ("event_id", "user_id", "item_id", "event_type", "event_time", "value", "retracts")
 # Nothing that was given there is shown in a message: it may be a secret.
-_CONFIDENTIAL = ("stream", "options")
+_CONFIDENTIAL = (("stream", "options"), ("spark", "remote"))
 
 
 class Section(BaseModel):
@@ -32,11 +35,19 @@ class StorageSettings(Section):
 
 class SparkSettings(Section):
     master: str
+    remote: str | None = Field(pattern=r"^sc://[^/;\s]+")
     driver_memory: str = Field(pattern=r"^\d+[mg]$")
     shuffle_partitions: int = Field(ge=1, le=10_000)
     adaptive: bool
     warehouse: str = Field(min_length=1)
     packages: tuple[str, ...]
+
+    @field_validator("remote")
+    @classmethod
+    def _no_token(cls, remote: str | None) -> str | None:
+        if remote is not None and "token=" in remote:
+            raise ValueError("holds a token in plain text; give the whole address by the variable SPARK_REMOTE instead")
+        return remote
 
 
 class EventSettings(Section):
@@ -161,8 +172,44 @@ class FeatureSettings(Section):
     max_category_values: int = Field(ge=1, le=1_000_000)
 
 
+AutoInt = int | Literal["auto"]
+AutoFloat = float | Literal["auto"]
+
+
+def _auto_or(low: float, high: float, whole: bool = False) -> BeforeValidator:
+    """Lets "auto" and numbers from low to high pass, so that a wrong value gives one sentence and not one per type."""
+
+    def check(value: Any) -> Any:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+        if value != "auto" and not (number and low <= value <= high and (not whole or value == int(value))):
+            raise ValueError(f"write auto or a {'whole ' if whole else ''}number from {low} to {high}")
+        return value
+
+    return BeforeValidator(check)
+
+
+class TrainingOptions(Section):
+    """Sizes of every encoder and of its training; training/hyperparameters has the rules that "auto" stands for."""
+
+    width: Annotated[AutoInt, _auto_or(4, 4096, whole=True)]
+    hidden: Annotated[AutoInt, _auto_or(4, 16_384, whole=True)]
+    layers: Annotated[AutoInt, _auto_or(1, 24, whole=True)]
+    heads: Annotated[AutoInt, _auto_or(1, 64, whole=True)]
+    span: Annotated[AutoInt, _auto_or(1, 100, whole=True)]
+    dropout: Annotated[AutoFloat, _auto_or(0, 0.9)]
+    text: str
+    id_dropout: Annotated[AutoFloat, _auto_or(0, 0.9)]
+    learning_rate: Annotated[AutoFloat, _auto_or(1e-6, 1)]
+    weight_decay: Annotated[AutoFloat, _auto_or(0, 1)]
+    positions: Annotated[AutoInt, _auto_or(1, 1_000_000, whole=True)]
+    negatives: Annotated[AutoInt, _auto_or(0, 1_000_000, whole=True)]
+    scale: Annotated[AutoFloat, _auto_or(0.1, 100)]
+    patience: Annotated[AutoInt, _auto_or(1, 1000, whole=True)]
+    valid_limit: Annotated[AutoInt, _auto_or(1, 10_000_000, whole=True)]
+
+
 class TrainingSettings(Section):
-    encoders: tuple[Literal["gru", "cnn", "transformer"], ...] = Field(min_length=1)
+    encoders: tuple[str, ...] = Field(min_length=1)
     parallel_encoders: int = Field(ge=1, le=8)
     threads: int = Field(ge=1, le=256)
     epochs: int = Field(ge=1, le=1000)
@@ -170,8 +217,39 @@ class TrainingSettings(Section):
     seed: int
     processes: int = Field(ge=1, le=64)
     local_mode: bool
+    device: Literal["auto", "cpu", "cuda"]
     validation_fraction: float = Field(ge=0.001, le=0.4)
     ranking_fraction: float = Field(ge=0.001, le=0.4)
+    options: TrainingOptions
+
+
+class RetrievalSettings(Section):
+    reach: int = Field(ge=1, le=1000)
+    neighbours: int = Field(ge=1, le=10_000)
+    shrink: float = Field(ge=0, le=100_000)
+    history: int = Field(ge=1, le=100_000)
+    half_life_days: float | None = Field(gt=0, le=36_500)
+    trend_half_life_days: float | None = Field(gt=0, le=36_500)
+    prior_events: float = Field(ge=1, le=1_000_000)
+    recency: float = Field(gt=0, le=1)
+
+    @field_validator("half_life_days", "trend_half_life_days", mode="before")
+    @classmethod
+    def _auto_is_derived(cls, value: Any) -> Any:
+        return None if value == "auto" else value
+
+
+class RankingSettings(Section):
+    depth: int = Field(ge=1, le=12)
+    learning_rate: float = Field(gt=0, le=1)
+    trees: int = Field(ge=1, le=10_000)
+    patience: int = Field(ge=1, le=10_000)
+    min_child_weight: float = Field(ge=0, le=100_000)
+    column_share: float = Field(gt=0, le=1)
+    row_share: float = Field(gt=0, le=1)
+    l2: float = Field(ge=0, le=1_000_000)
+    label_limit: int = Field(ge=10, le=10_000_000)
+    threads: int = Field(ge=1, le=256)
 
 
 class GateSettings(Section):
@@ -213,6 +291,8 @@ class Settings(Section):
     window: WindowSettings
     features: FeatureSettings
     training: TrainingSettings
+    retrieval: RetrievalSettings
+    ranking: RankingSettings
     gate: GateSettings
     serving: ServingSettings
     evaluation: EvaluationSettings
@@ -220,16 +300,27 @@ class Settings(Section):
 
 # Sections that an overlay replaces as a whole: merging one source's columns into another's would mix two mappings.
 _REPLACED = {("sources", "items"), ("sources", "users"), ("sources", "events", "columns"), ("stream", "options")}
+# Of an overlay; what has a separator or a suffix is a path.
+_NAME = re.compile(r"[\w-]+")
 
 
 def load(files: Sequence[str | Path], overrides: Iterable[str] = ()) -> Settings:
-    """Read base.yaml beside the first file, then each file, then `key=value` overrides (dotted keys, YAML values).
+    """Settings from base.yaml, with each of `files` on top, and `overrides` on top of all.
 
-    Raises SettingsError with every problem found: missing files, bad YAML, unknown keys, types and ranges.
+    Args:
+        files: at least one; each a path, or the name of an overlay in conf/ such as `movielens` where no file has that
+            name. base.yaml is the one beside the first file, or else the one in conf/.
+        overrides: `section.key=value`, the value in YAML.
+
+    Returns:
+        The settings, checked.
+
+    Raises:
+        SettingsError: with every problem found: missing files, bad YAML, unknown keys, types and ranges.
     """
     problems: list[str] = []
     merged: dict[str, Any] = {}
-    for path in _with_base([Path(f) for f in files]):
+    for path in _with_base([_path_of(f) for f in files]):
         document = _read(path, problems)
         if document:
             merged = _merge(merged, document)
@@ -257,24 +348,38 @@ def validate(document: dict[str, Any]) -> Settings:
         raise SettingsError([_sentence(e) for e in error.errors()]) from None
 
 
-def leaf_keys(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
-    """Dotted names of all settings, for the test that each of them is read somewhere."""
-    keys: list[str] = []
-    for name, field in model.model_fields.items():
+def overlays() -> list[str]:
+    """Names of the overlays in conf/, each of which can stand in place of a path."""
+    return sorted(path.stem for path in CONF.glob("*.yaml") if path.name != "base.yaml")
+
+
+def leaf_keys(section: type[Section] = Settings, prefix: str = "") -> Iterator[tuple[str, type[Section]]]:
+    """Every setting's dotted name and the section that has it, for the test that each of them is read somewhere."""
+    for name, field in section.model_fields.items():
         inner = _section_of(field.annotation)
-        keys += leaf_keys(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
-    return keys
+        if inner is None:
+            yield f"{prefix}{name}", section
+        else:
+            yield from leaf_keys(inner, f"{prefix}{name}.")
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
+def _section_of(annotation: Any) -> type[Section] | None:
     candidates = [annotation, *getattr(annotation, "__args__", ())]
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 
 
+def _path_of(given: str | Path) -> Path:
+    overlay = CONF / f"{given}.yaml"
+    if _NAME.fullmatch(str(given)) and overlay.is_file() and not Path(given).is_file():
+        return overlay
+    return Path(given)
+
+
 def _with_base(files: list[Path]) -> list[Path]:
     if not files:
-        raise SettingsError(["give at least one file with --settings, such as --settings conf/base.yaml"])
-    base = files[0].parent / "base.yaml"
+        raise SettingsError(["give at least one file or overlay with --settings, such as --settings movielens"])
+    beside = files[0].parent / "base.yaml"
+    base = beside if beside.is_file() else CONF / "base.yaml"
     if any(f.resolve() == base.resolve() for f in files):
         return files
     return [base, *files]
@@ -284,7 +389,10 @@ def _read(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError:
-        problems.append(f"the settings file {path} cannot be read; check the path given with --settings")
+        remedy = "check the path given with --settings"
+        if _NAME.fullmatch(str(path)):
+            remedy += f", or name one of the overlays {', '.join(overlays())}"
+        problems.append(f"the settings file {path} cannot be read; {remedy}")
         return {}
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -320,10 +428,10 @@ def _assign(document: dict[str, Any], path: list[str], value: Any) -> None:
 def _sentence(error: Any) -> str:
     key = ".".join(str(p) for p in error["loc"]) or "settings"
     if error["type"] == "extra_forbidden":
-        return f"{key} is not a setting; remove it or see conf/base.yaml for the name"
+        return f"{key} is not a setting; remove it or see {CONF / 'base.yaml'} for the name"
     if error["type"] == "missing":
         return f"{key} is missing"
     message = error["msg"].removeprefix("Value error, ")
-    hidden = isinstance(error["input"], dict) or error["loc"][:2] == _CONFIDENTIAL
+    hidden = isinstance(error["input"], dict) or error["loc"][:2] in _CONFIDENTIAL
     given = "" if hidden else f" (given: {error['input']!r})"
     return f"{key}: {message[0].lower()}{message[1:]}{given}"

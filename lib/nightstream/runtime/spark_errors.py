@@ -6,8 +6,11 @@ import re
 
 from py4j.protocol import Py4JError, Py4JNetworkError
 
+from nightstream import errors
+from nightstream.errors import NightstreamError
+
 # What Python raises inside a micro-batch or on an executor comes back as the text of a Java exception.
-_OURS = re.compile(r"nightstream\.errors\.\w+: ([^\r\n]+)")
+_OURS = re.compile(rf"{re.escape(errors.__name__)}\.(\w+): ([^\r\n]+)")
 
 _KINDS = {
     "PATH_NOT_FOUND": "a path that a source or table names is not there",
@@ -50,11 +53,9 @@ _GONE = (
 
 def sentence_for(error: BaseException) -> str | None:
     """One sentence where the error, or one that it wraps, is of a known kind; None where it is a defect of ours."""
-    told = [(cause, _text(cause)) for cause in _chain(error)]
-    for _, text in told:
-        if found := _OURS.search(text or ""):
-            return found[1].strip()
-    for cause, text in told:
+    if (ours := ours_in(error)) is not None:
+        return str(ours)
+    for cause, text in _texts(error):
         if text is None or isinstance(cause, Py4JNetworkError):
             return _GONE
         if type(cause).__module__.split(".")[0] not in {"pyspark", "py4j"}:
@@ -66,6 +67,24 @@ def sentence_for(error: BaseException) -> str | None:
             if meaning := _KINDS.get(name):
                 return f"{meaning}: {_first_line(text)}"
     return None
+
+
+def ours_in(error: BaseException) -> NightstreamError | None:
+    """The error itself where it is one of ours, else the one that its text, or that of one it wraps, names; None where
+    none does."""
+    if isinstance(error, NightstreamError):
+        return error
+    for _, text in _texts(error):
+        if found := _OURS.search(text or ""):
+            kind = getattr(errors, found[1], NightstreamError)
+            # A kind that makes its sentence itself can't be made of one.
+            plain = kind.__init__ is NightstreamError.__init__
+            return (kind if plain else NightstreamError)(found[2].strip())
+    return None
+
+
+def _texts(error: BaseException) -> list[tuple[BaseException, str | None]]:
+    return [(cause, _text(cause)) for cause in _chain(error)]
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -64,7 +64,7 @@ def apply_all(
     # Never a repetition: run again, it refreshes from newer states, and what is merged must stand in `refreshes`.
     refolded = refreshed.rows.select("user_id")
     attempts = settings.serving.merge_attempts
-    commit = commits.commit(storage, refreshed, writer, batch_id, now, fresh=True, refolded=refolded, attempts=attempts)
+    commit = commits.commit(storage, refreshed, writer, batch_id, now, refolded=refolded, attempts=attempts)
     count: int = refreshed.totals["users"] or 0
     commits.merge(storage, commit, commits.Layout.of(storage, settings.serving.top_k), attempts)
     if only is None:

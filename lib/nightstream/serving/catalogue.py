@@ -70,11 +70,6 @@ def _encoder(payload: Payload) -> Callable[[Iterator[pa.RecordBatch]], Iterator[
     return encode
 
 
-def model_payload(storage: Storage, version: str) -> Payload:
-    """The model alone, with an empty catalogue: enough to encode items."""
-    return Payload(version, "", registry.load_artifacts(storage, version), NO_ITEMS)
-
-
 def load_payload(storage: Storage, version: str, files: dict[str, bytes] | None = None) -> Payload:
     """A version with its catalogue as the tables have it now; both are bounded by what one worker must hold.
 

@@ -17,11 +17,19 @@ import pyarrow.compute as pc
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from nightstream.serving.user_state import TIME, newest_rows
+from nightstream.serving.user_state import last_of_runs
 from nightstream.store import buckets
 from nightstream.store.materialize import Cut, cut
 from nightstream.store.storage import Storage
-from nightstream.store.tables import LIST_ENTRY, RECOMMENDATIONS, REFRESHED, REFRESHES, SEEN_OVERFLOW, USER_VECTORS
+from nightstream.store.tables import (
+    LIST_ENTRY,
+    RECOMMENDATIONS,
+    REFRESHED,
+    REFRESHES,
+    SEEN_OVERFLOW,
+    USER_VECTORS,
+    arrow_schema,
+)
 
 CLOCK_SKEW = timedelta(hours=1)
 # A refreshed user with a full window and 2,000 seen items takes some 100 kB, so at most 400 MB on the driver.
@@ -49,32 +57,40 @@ def commit(
     writer: str,
     batch_id: int,
     refreshed_at: datetime,
-    fresh: bool = False,
     refolded: DataFrame | None = None,
     attempts: int = 1,
 ) -> Cut:
-    """Append one row per refreshed user to `refreshes`, once per (writer, batch_id). Returns the rows as committed.
+    """The rows as committed: one per refreshed user, appended to `refreshes`.
 
-    fresh: the caller knows by `is_committed`, or has just begun it, that this batch is not committed yet; else Delta
-    looks for it in the table's log.
-    refolded: user_id of those whose states were folded from their whole history; what the side table had of them from
-    before is no longer true where an event has been taken back. attempts: of deleting it, where another writer is met.
+    It may be called once per (writer, batch_id): whether a batch that comes again is committed, `is_committed` tells.
+    Overflowing seen entries go to their side table first: were the order the other way round, a crash between the two
+    would lose them.
 
-    refreshed: rows of the refresh, cut off by `settled`. Overflowing seen entries go to their side table first: were
-    the order the other way round, a crash between the two would lose them.
+    Args:
+        storage: holds REFRESHES and SEEN_OVERFLOW.
+        refreshed: rows of the refresh, cut off by `settled`.
+        writer: who commits, such as a stream by its checkpoint.
+        batch_id: the number of the batch among those of the writer.
+        refreshed_at: the wall clock, UTC.
+        refolded: user_id of those whose states were folded from their whole history; what the side table had of them
+            from before is no longer true where an event has been taken back.
+        attempts: how often deleting that is tried where another writer is met.
+
+    Returns:
+        REFRESHES rows, on the driver where `refreshed` is.
     """
     _keep_overflow(storage, refreshed, refolded, attempts)
     told = {"refreshed_at": refreshed_at, "writer": writer, "batch_id": batch_id}
     if refreshed.table is not None:
         count = refreshed.table.num_rows
-        kinds = {"refreshed_at": TIME, "writer": pa.string(), "batch_id": pa.int64()}
-        columns = {name: pa.repeat(pa.scalar(told[name], kind), count) for name, kind in kinds.items()}
+        kinds = arrow_schema(REFRESHES.schema)
+        columns = {name: pa.repeat(pa.scalar(told[name], kinds.field(name).type), count) for name in told}
         columns = {n: columns[n] if n in columns else refreshed.table[n] for n in REFRESHES.schema.names}
         committed = Cut.of(storage.spark, pa.table(columns), REFRESHES.schema, {})
     else:
         literals = {name: F.lit(value).cast(REFRESHES.schema[name].dataType) for name, value in told.items()}
         committed = Cut(refreshed.rows.withColumns(literals).select(*REFRESHES.schema.names), {})
-    storage.append(REFRESHES, committed.rows, None if fresh else (writer, batch_id))
+    storage.append(REFRESHES, committed.rows)
     return committed
 
 
@@ -166,12 +182,22 @@ def merge_tail(storage: Storage, layout: Layout, attempts: int) -> None:
 
 
 def newest(frames: Sequence[DataFrame]) -> DataFrame:
-    """Rows with user_id and revision -> the row of the highest revision of each user, over all frames."""
+    """The newest row of each user over all frames of rows with user_id and revision: that of the highest revision.
+
+    Rows of one user and revision are equal, since a revision is committed once. `newest_rows` says the same for tables
+    on the driver; a test compares the two.
+    """
     first, *rest = frames
     for frame in rest:
         first = first.unionByName(frame)
     order = Window.partitionBy("user_id").orderBy(F.desc("revision"))
     return first.withColumn("_place", F.row_number().over(order)).where("_place = 1").drop("_place")
+
+
+def newest_rows(tables: Sequence[pa.Table]) -> pa.Table:
+    """`newest` of tables on the driver, ascending by user_id."""
+    rows = pa.concat_tables(tables).sort_by([("user_id", "ascending"), ("revision", "ascending")])
+    return rows.filter(pa.array(last_of_runs(rows, ["user_id"])))
 
 
 def newest_committed(storage: Storage, commits: Sequence[Cut]) -> Cut:

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
-from pyspark.sql.pandas.types import to_arrow_schema
 
 from nightstream.models.arrays import Windows
 from nightstream.models.arrow import combined, names, rows_of
@@ -23,14 +22,14 @@ from nightstream.models.features import transform_users
 from nightstream.models.ranking.strategies import STRATEGIES, reason_text
 from nightstream.serving.user_state import STATES, FoldRules, fold
 from nightstream.store.cogroup import by_user
-from nightstream.store.tables import EVENTS, LIST_ENTRY, REFRESHED, SEEN, WINDOW, WINDOW_EVENT
+from nightstream.store.tables import EVENTS, LIST_ENTRY, REFRESHED, SEEN, WINDOW, WINDOW_EVENT, arrow_schema
 
 STATE_COLUMNS = tuple(STATES.names)
 EVENT_COLUMNS = ("user_id", *WINDOW_EVENT.names)
 USER_COLUMNS = ("user_id", "categories", "numbers")
 OVERFLOW_COLUMNS = ("user_id", "item_id")
-NOBODY = to_arrow_schema(REFRESHED, timezone="UTC").empty_table()
-NO_EVENTS = to_arrow_schema(EVENTS.schema, timezone="UTC").empty_table()
+NOBODY = arrow_schema(REFRESHED).empty_table()
+NO_EVENTS = arrow_schema(EVENTS.schema).empty_table()
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,8 @@ def _entries(lists, loaded: Loaded) -> pa.ListArray:
     ranks = (np.arange(lists.rows.shape[1], dtype=np.int32) + 1)[None, :].repeat(len(lists.rows), axis=0)
     catalogue = loaded.catalogue
     because = lists.because[held]
-    strategies = [STRATEGIES[s] for s in lists.strategies[held].tolist()]
+    known = list(STRATEGIES)
+    strategies = [known[s] for s in lists.strategies[held].tolist()]
     titles = names(catalogue.titles, because)
     entry = pa.StructArray.from_arrays(
         [

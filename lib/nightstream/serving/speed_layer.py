@@ -6,54 +6,30 @@ It has no logic of its own beyond choosing users.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.compute as pc
 from pyspark.sql import DataFrame
-from pyspark.sql import functions as F
 
 from nightstream.ingest import changes
-from nightstream.ingest.history import foldable
 from nightstream.ingest.id_filter import KnownIds
 from nightstream.ingest.ledger import Counts, Recorded, arrive, book, is_balanced
 from nightstream.monitoring.batch_report import BatchReport, Laps
 from nightstream.runtime.settings import Settings
 from nightstream.serving import commits
 from nightstream.serving.background_merge import Follower
-from nightstream.serving.batch_layer import apply_all, refresher
-from nightstream.serving.refresh import (
-    NO_EVENTS,
-    NOBODY,
-    STATE_COLUMNS,
-    refresh,
-    unfolded,
-)
+from nightstream.serving.batch_layer import apply_all
+from nightstream.serving.handover import some_behind
 from nightstream.serving.snapshot import News
 from nightstream.serving.state_cache import KnownUsers
+from nightstream.serving.state_source import Asked, DriverStates, ExecutorStates, StateSource, Touched
 from nightstream.store import registry
-from nightstream.store.materialize import Cut, cut
+from nightstream.store.materialize import Cut
 from nightstream.store.storage import Storage
-from nightstream.store.tables import EVENTS, SEEN_OVERFLOW, USER_VECTORS, USERS
+from nightstream.store.tables import EVENTS
 
 log = logging.getLogger(__name__)
-
-# Up to so many users of a micro-batch are refreshed on the driver, which has the model at hand; more are sent to the
-# executors, which takes some seconds before the first of them is refreshed.
-DRIVER_USERS = 4_000
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A question for what is known of some users (string [B]), and its answer, see KnownUsers.of."""
-
-    users: pa.Array
-    answer: Future[tuple[pa.Table, pa.Table, pa.Table | None]]
 
 
 class SpeedLayer:
@@ -80,7 +56,8 @@ class SpeedLayer:
         self.payload = self.news.first()
         self.follower = Follower(storage, settings.serving.top_k, settings.serving.merge_attempts, on_merge)
         self.known_users = KnownUsers(storage, Path(settings.storage.work_dir) / "known")
-        self._pool = ThreadPoolExecutor(1, "ask")
+        self.driver = DriverStates(storage, settings, self.known_users, self.follower.pending)
+        self.executors = ExecutorStates(storage, settings, self.follower.pending)
         self._known_ids: KnownIds | None = None
         self._some_behind = True
         self._half_booked = False
@@ -114,7 +91,7 @@ class SpeedLayer:
             self.writer = self._writer_of()
         self._take_up_news()
         arriving = arrive(arrived, settings, micro_batch=True)
-        ahead = self._ask_ahead(arriving)
+        asked = self.driver.ask_ahead(arriving)
         # Spark repeats a micro-batch only as the first one after a start; under a new checkpoint, what was cut off
         # comes again at any time.
         fresh = not first and not self._half_booked
@@ -123,7 +100,7 @@ class SpeedLayer:
         try:
             if first and commits.is_committed(storage, self.writer, batch_id):
                 return
-            refreshed = self._refresh(recorded, ahead)
+            refreshed = self._refresh(recorded, asked)
             laps.end("refresh")
             recorded.written()
             laps.end("write")
@@ -133,7 +110,6 @@ class SpeedLayer:
                 self.writer,
                 batch_id,
                 self.clock(),
-                fresh=True,
                 refolded=recorded.refold_users,
                 attempts=settings.serving.merge_attempts,
             )
@@ -178,7 +154,7 @@ class SpeedLayer:
         now = self.clock()
         writer = f"{self._writer_of()} between micro-batches"
         number = int(now.timestamp() * 1e6)
-        committed = commits.commit(self.storage, refreshed, writer, number, now, fresh=True)
+        committed = commits.commit(self.storage, refreshed, writer, number, now)
         self.known_users.committed(committed)
         self.follower.add(committed)
         log.info("handed over", extra={"users": refreshed.totals["users"], "model_version": self.payload.model_version})
@@ -211,96 +187,21 @@ class SpeedLayer:
     def close(self) -> None:
         """End what runs in the background, and delete its files."""
         self.known_users.close()
-        self._pool.shutdown(cancel_futures=True)
+        self.driver.close()
 
-    def _ask_ahead(self, arriving: Cut) -> Asked | None:
-        """Ask for the users of the arriving rows, while it is found out which rows are new."""
-        if arriving.table is None:
-            return None
-        users = pc.unique(arriving.table["user_id"].drop_null())
-        return self._ask(users, arriving.table.num_rows) if 0 < len(users) <= DRIVER_USERS else None
-
-    def _ask(self, users: pa.Array, events: int) -> Asked:
-        """events: how many more of them the states may take up."""
-        pending, room = self.follower.pending(), self.settings.window.seen_limit - events
-        return Asked(users, self._pool.submit(self.known_users.of, users, pending, room))
-
-    def _refresh(self, recorded: Recorded, ahead: Asked | None) -> Cut:
+    def _refresh(self, recorded: Recorded, asked: Asked | None) -> Cut:
         """Refresh the users of the micro-batch, and some of those that are behind."""
-        behind = self._behind()
-        events = recorded.accepted_table
-        on_driver = events is not None or recorded.accepted is None
-        if on_driver and recorded.refold_users is None and (behind is None or behind.table is not None):
-            named = [t["user_id"] for t in (events, behind.table if behind is not None else None) if t is not None]
-            users = pc.unique(pa.chunked_array([c for column in named for c in column.chunks], pa.string()))
-            if not len(users):
-                return commits.settled_table(self.storage.spark, NOBODY)
-            if len(users) <= DRIVER_USERS:
-                return self._refresh_here(users, events, ahead)
-        return commits.settled(self._refresh_there(recorded, None if behind is None else behind.rows))
-
-    def _refresh_here(self, users: pa.Array, events: pa.Table | None, ahead: Asked | None) -> Cut:
-        """On the driver. users: string [B], those to refresh. events: EVENTS rows of some of them."""
-        spark = self.storage.spark
-        if ahead is None or not pc.all(pc.is_in(users, value_set=ahead.users)).as_py():
-            ahead = self._ask(users, 0 if events is None else events.num_rows)
-        states, described, older = ahead.answer.result()
-        states = states.filter(pc.is_in(states["user_id"], value_set=users))
-        if events is None:
-            events = NO_EVENTS
-        refreshed = refresher(self.settings, self.payload, os.cpu_count() or 1)(states, events, described, older)
-        return commits.settled_table(spark, refreshed)
-
-    def _refresh_there(self, recorded: Recorded, behind: DataFrame | None) -> DataFrame:
-        """On the executors; any number of users, some of them folded again over their whole history."""
-        storage, pending = self.storage, self.follower.pending()
-        history = foldable(storage.read(EVENTS), self.settings.events.retraction_type)
-        events = recorded.accepted if recorded.accepted is not None else history.limit(0)
-        touched = events.select("user_id")
-        if behind is not None:
-            touched = touched.unionByName(behind)
-        refold = recorded.refold_users
-        if refold is not None:
-            recorded.written()
-            refold = F.broadcast(refold)
-            again = history.join(refold, "user_id", "left_semi")
-            events = events.join(refold, "user_id", "left_anti").unionByName(again.select(*events.columns))
-            touched = touched.unionByName(refold)
-        touched = F.broadcast(touched.distinct())
-        known = storage.read(USER_VECTORS).select(*STATE_COLUMNS).join(touched, "user_id", "left_semi")
-        if pending:
-            newer = commits.newest_committed(storage, pending).rows.select(*STATE_COLUMNS)
-            known = commits.newest([known, newer.join(touched, "user_id", "left_semi")])
-        if refold is not None:
-            kept = known.join(refold, "user_id", "left_anti")
-            known = kept.unionByName(unfolded(known.join(refold, "user_id", "left_semi")))
-        users, overflow = storage.read_or_empty(USERS).join(touched, "user_id", "left_semi"), None
-        if storage.exists(SEEN_OVERFLOW):
-            # Of those that are folded again it may hold events that have been taken back.
-            folded_on = touched if refold is None else touched.join(refold, "user_id", "left_anti")
-            overflow = storage.read(SEEN_OVERFLOW).join(folded_on, "user_id", "left_semi")
-        return refresh(known, events, users, overflow, refresher(self.settings, self.payload))
+        touched = Touched(recorded, self._behind(), asked)
+        source: StateSource = self.driver if self.driver.takes(touched) else self.executors
+        return source.refresh(touched, self.payload)
 
     def _behind(self) -> Cut | None:
-        """Some user_id whose newest row is under another model than the one that serves, or whose newest list holds a
-        withdrawn item; None when there is nobody."""
         if not self._some_behind:
             return None
-        pending = self.follower.pending()
-        columns = ("user_id", "revision", "model_version")
-        table = self.storage.read(USER_VECTORS)
-        known = table
-        if pending:
-            newer = commits.newest_committed(self.storage, pending).rows
-            known = commits.newest([table.select(*columns), newer.select(*columns)])
-        found = known.where(F.col("model_version") != self.payload.model_version).select("user_id")
-        withdrawn = self.payload.load().withdrawn()
-        if withdrawn.num_rows:
-            items = self.storage.spark.createDataFrame(withdrawn)
-            found = found.unionByName(commits.holders(self.storage, pending, items)).distinct()
-        some = cut(found.limit(self.settings.stream.handover_slice), {"users": F.count("user_id")})
-        self._some_behind = bool(some.totals["users"])
-        return some if self._some_behind else None
+        most = self.settings.stream.handover_slice
+        some = some_behind(self.storage, self.payload, self.follower.pending(), most)
+        self._some_behind = some is not None
+        return some
 
 
 def _seconds(since: datetime | None, now: datetime) -> float | None:

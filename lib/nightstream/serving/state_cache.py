@@ -16,20 +16,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
-from pyspark.sql.pandas.types import to_arrow_schema
 
+from nightstream.serving.commits import newest_rows
 from nightstream.serving.refresh import OVERFLOW_COLUMNS, STATE_COLUMNS, USER_COLUMNS
-from nightstream.serving.user_state import STATES, newest_rows, states_of
+from nightstream.serving.user_state import STATES, states_of
 from nightstream.store.materialize import Cut
 from nightstream.store.row_store import KnownRows
 from nightstream.store.storage import Storage
-from nightstream.store.tables import SEEN_OVERFLOW, USER_VECTORS, USERS
+from nightstream.store.tables import SEEN_OVERFLOW, USER_VECTORS, USERS, arrow_schema
 
 log = logging.getLogger(__name__)
 
 # Some 5 kB of local disk each. Tables with more users are asked in each micro-batch.
 MOST_USERS = 10_000_000
-_ATTRIBUTES = pa.schema([f for f in to_arrow_schema(USERS.schema, timezone="UTC") if f.name in USER_COLUMNS])
+_ATTRIBUTES = pa.schema([f for f in arrow_schema(USERS.schema) if f.name in USER_COLUMNS])
 
 
 class KnownUsers:

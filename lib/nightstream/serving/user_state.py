@@ -16,27 +16,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nightstream.models.arrow import combined, strings
+from nightstream.store.tables import USER_VECTORS, arrow_schema
 
-TIME = pa.timestamp("us", tz="UTC")
-# The columns of tables.WINDOW_EVENT and of an entry of tables.SEEN, in Arrow's types.
-EVENT_COLUMNS = {
-    "event_time": TIME,
-    "event_id": pa.string(),
-    "content_hash": pa.string(),
-    "item_id": pa.string(),
-    "event_type": pa.string(),
-    "value": pa.float64(),
-}
-SEEN_COLUMNS = {"event_time": TIME, "item_id": pa.string()}
-STATES = pa.schema(
-    {
-        "user_id": pa.string(),
-        "revision": pa.int64(),
-        "window": pa.list_(pa.struct(EVENT_COLUMNS)),
-        "seen": pa.list_(pa.struct(SEEN_COLUMNS)),
-        "seen_overflowed": pa.bool_(),
-    }
-)
+# What a fold needs of a row of USER_VECTORS, and the columns of its lists' entries, in Arrow's types.
+_STATE_COLUMNS = ("user_id", "revision", "window", "seen", "seen_overflowed")
+STATES = pa.schema([arrow_schema(USER_VECTORS.schema).field(name) for name in _STATE_COLUMNS])
+EVENT_COLUMNS = {field.name: field.type for field in STATES.field("window").type.value_type}
+SEEN_COLUMNS = {field.name: field.type for field in STATES.field("seen").type.value_type}
 OWNER = "owner"
 
 
@@ -96,31 +82,24 @@ def states_of(rows: pa.Table) -> pa.Table:
     return rows.select(STATES.names).cast(STATES)
 
 
-def newest_rows(tables: Sequence[pa.Table]) -> pa.Table:
-    """Rows with user_id and revision -> the row of the highest revision of each user, ascending by user_id."""
-    rows = pa.concat_tables(tables)
-    rows = rows.take(pc.sort_indices(rows, [("user_id", "ascending"), ("revision", "ascending")]))
-    return rows.filter(pa.array(_last_of_runs(rows, ["user_id"])))
-
-
 def _window(rows: pa.Table, length: int) -> pa.Table:
     """Events of all users -> those in the windows, ascending by (owner, event_time, event_id)."""
     rows = _sorted(rows, OWNER, "event_id", "event_time", "content_hash")
-    rows = _sorted(rows.filter(pa.array(_last_of_runs(rows, [OWNER, "event_id"]))), OWNER, "event_time", "event_id")
+    rows = _sorted(rows.filter(pa.array(last_of_runs(rows, [OWNER, "event_id"]))), OWNER, "event_time", "event_id")
     return rows.filter(pa.array(_places_from_end(rows) < length))
 
 
 def _seen(rows: pa.Table) -> pa.Table:
     """Consumed items, repetitions included -> each item of a user once, ascending by (owner, event_time, item_id)."""
     rows = _sorted(rows, OWNER, "item_id", "event_time")
-    return _sorted(rows.filter(pa.array(_last_of_runs(rows, [OWNER, "item_id"]))), OWNER, "event_time", "item_id")
+    return _sorted(rows.filter(pa.array(last_of_runs(rows, [OWNER, "item_id"]))), OWNER, "event_time", "item_id")
 
 
 def _sorted(rows: pa.Table, *keys: str) -> pa.Table:
     return rows.take(pc.sort_indices(rows, [(key, "ascending") for key in keys])).combine_chunks()
 
 
-def _last_of_runs(rows: pa.Table, keys: Sequence[str]) -> np.ndarray:
+def last_of_runs(rows: pa.Table, keys: Sequence[str]) -> np.ndarray:
     """bool [N]: whether a row is the last one of its run of equal keys."""
     last = np.ones(rows.num_rows, bool)
     if rows.num_rows > 1:

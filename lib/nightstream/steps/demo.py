@@ -37,8 +37,9 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime, replay_seconds
     replay_seconds: over how long the feed spreads the replayed events.
     """
     begun = time.monotonic()
-    # The bars and the live line tell the story here.
+    # The bars and the live line tell the story here, without a terminal the console's lines.
     logging.getLogger("nightstream").setLevel(logging.WARNING)
+    logging.getLogger(console.__name__).setLevel(logging.INFO)
     home = Path(settings.storage.root).parent / "demo"
     shutil.rmtree(home, ignore_errors=True)
     local = _at(settings, home)

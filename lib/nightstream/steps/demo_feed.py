@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -42,7 +43,7 @@ def cut_source(source: EventSource, fraction: float, target: Path) -> Cut:
         raise SourceError(f"the demo's data {source.path} cannot be read; run `make data` first") from error
     names = [recbole_name(h) for h in header.split("\t")]
     if source.format != "recbole" or source.columns["event_time"] not in names:
-        raise SourceError(f"the demo replays a RecBole .inter file; {source.path} is none, use conf/movielens.yaml")
+        raise SourceError(f"the demo replays a RecBole .inter file; {source.path} is none, use --settings movielens")
     at, user = names.index(source.columns["event_time"]), names.index(source.columns["user_id"])
     rows = sorted((line.split("\t") for line in lines if line), key=lambda row: float(row[at]))
     last = float(rows[max(0, round(len(rows) * (1 - fraction)) - 1)][at])
@@ -93,22 +94,27 @@ class Feed:
 
 
 class LiveLine:
-    """One line about the stream that stays up to date: events in, users refreshed, true delay."""
+    """One line about the stream that stays up to date: events in, users refreshed, true delay.
+
+    Without a terminal it is printed at each beat of the console's heartbeat.
+    """
 
     def __init__(self, total: int) -> None:
         self.total = total
         self.events = self.users = self.batches = 0
         self.delays: list[float] = []
-        self._live = Live("", console=console.stderr, refresh_per_second=4, transient=False)
+        self._shown = ExitStack()
+        self._live: Live | None = None
 
     def __enter__(self) -> LiveLine:
         if console.stderr.is_terminal:
-            self._live.start()
+            self._live = self._shown.enter_context(Live("", console=console.stderr, refresh_per_second=4))
+        else:
+            self._shown.enter_context(console.working(self.text))
         return self
 
     def __exit__(self, *error: object) -> None:
-        if console.stderr.is_terminal:
-            self._live.stop()
+        self._shown.close()
 
     def update(self, report: BatchReport) -> None:
         """Take in one micro-batch."""
@@ -117,11 +123,14 @@ class LiveLine:
         self.users += report.users
         if report.delay_seconds is not None:
             self.delays.append(report.delay_seconds)
-        text = (
+        if self._live is not None:
+            self._live.update(self.text())
+
+    def text(self) -> str:
+        """The line."""
+        if not self.batches:
+            return "stream: waiting for the first micro-batch"
+        return (
             f"stream: {self.events:,}/{self.total:,} events in, {self.users:,} users refreshed, "
             f"micro-batch {self.batches}, delay {self.delays[-1] if self.delays else 0.0:.1f} s"
         )
-        if console.stderr.is_terminal:
-            self._live.update(text)
-        elif self.batches % 10 == 1:
-            console.say(text)

@@ -8,6 +8,7 @@ from typing import Any
 from pyspark.sql import SparkSession
 
 from nightstream.errors import RejectedError
+from nightstream.runtime import console
 from nightstream.runtime.settings import Settings
 from nightstream.steps import apply, freshness, ingest, publish, train
 from nightstream.store.storage import Storage
@@ -21,18 +22,21 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, A
     and RejectedError is raised at the end. Beside a running stream it trains on the events that the tables hold, those
     of the stream included.
     """
-    told: dict[str, Any] = {
-        "ingest": ingest.run(spark, settings, beside_stream=True),
-        "train": train.run(spark, settings, as_of),
-    }
+    told: dict[str, Any] = {}
+    with console.working(lambda: "ingest"):
+        told["ingest"] = ingest.run(spark, settings, beside_stream=True)
+    with console.working(lambda: "train"):
+        told["train"] = train.run(spark, settings, as_of)
     rejected: RejectedError | None = None
     try:
         version = told["train"]["model_version"]
-        told["publish"] = publish.through_gate(Storage(spark, settings.storage), settings, as_of, version)
+        with console.working(lambda: "publish"):
+            told["publish"] = publish.through_gate(Storage(spark, settings.storage), settings, as_of, version)
     except RejectedError as error:
         rejected = error
-    told["apply"] = apply.run(spark, settings, as_of)
-    told["freshness"] = freshness.after_night(Storage(spark, settings.storage), settings, as_of)
+    with console.working(lambda: "apply"):
+        told["apply"] = apply.run(spark, settings, as_of)
+        told["freshness"] = freshness.after_night(Storage(spark, settings.storage), settings, as_of)
     if rejected is not None:
         raise rejected
     return told

@@ -10,7 +10,7 @@ from pyspark.sql import SparkSession
 
 from nightstream.errors import TableError
 from nightstream.evaluation import gate
-from nightstream.ingest.history import live
+from nightstream.ingest.history import entering, live
 from nightstream.models.bundle import Payload
 from nightstream.monitoring import measurements
 from nightstream.runtime.settings import Settings
@@ -36,7 +36,7 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, A
         log.warning("model %s is trained already; to train anew, name another time or seed", version)
         return {"model_version": version, "metrics": complete.metrics}
     events = live(storage.read(EVENTS), settings.events.retraction_type)
-    consumed = events.where(events.event_type.isin(*settings.events.window_types))
+    consumed = entering(events, settings.events.window_types)
     if consumed.isEmpty():
         raise TableError("the table events has no event that enters a window; ingest some or check events.window_types")
     roles = splits.by_time(consumed, settings.training.validation_fraction, settings.training.ranking_fraction)

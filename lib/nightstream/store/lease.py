@@ -48,8 +48,8 @@ def take(
     """
     row = [(SERVING, holder, kind, token, now + timedelta(seconds=seconds))]
     source = storage.spark.createDataFrame(row, WRITER_LEASE.schema)
-    mine = (F.col("t.holder") == holder) & (F.col("t.token") == token)
-    mine_or_free = mine if renew else (F.col("t.holder") == holder) | (F.col("t.expires_at") < F.lit(now))
+    mine = "t.holder = s.holder AND t.token = s.token"
+    mine_or_free = mine if renew else f"t.holder = s.holder OR t.expires_at < timestamp'{now.isoformat()}'"
 
     def write() -> None:
         (

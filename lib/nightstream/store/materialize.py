@@ -6,6 +6,7 @@ plan itself: to filter or to broadcast them takes no job.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,8 +16,11 @@ import pyarrow as pa
 from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import StructType
+
+from nightstream.store.tables import arrow_schema
+
+log = logging.getLogger(__name__)
 
 LOCAL_ROWS = 20_000
 
@@ -34,7 +38,7 @@ class Cut:
     def of(cls, spark: SparkSession, table: pa.Table, schema: StructType, totals: Mapping[str, Any]) -> Cut:
         """Rows that are on the driver."""
         # One type wherever the rows were computed: tables of several origins can be put together.
-        table = table.cast(to_arrow_schema(schema, timezone="UTC"))
+        table = table.cast(arrow_schema(schema))
         # One partition: what groups or orders these rows next needs no shuffle.
         return cls(spark.createDataFrame(table, schema).coalesce(1), dict(totals), table)
 
@@ -70,7 +74,11 @@ def cut(
             return Cut.of(rows.sparkSession, table, rows.schema, {name: found.get(name) for name in totals})
     try:
         kept = rows.persist() if cached else rows.localCheckpoint()
-    except PySparkException:
+    except PySparkException as error:
+        log.warning(
+            "rows are neither cached nor checkpointed here, so they are computed again whenever they are read",
+            extra={"wanted": "cache" if cached else "checkpoint", "reason": str(error).partition("\n")[0]},
+        )
         kept = rows
     row = kept.agg(*columns, F.count(F.lit(1)).alias("_rows")).first()
     assert row is not None

@@ -10,18 +10,38 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from delta.exceptions import (
+    ConcurrentAppendException,
+    ConcurrentDeleteDeleteException,
+    ConcurrentDeleteReadException,
+    ConcurrentTransactionException,
+    ConcurrentWriteException,
+    MetadataChangedException,
+)
 from delta.tables import DeltaTable
 from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame, DataFrameWriter, SparkSession
 
 from nightstream.errors import TableError
+from nightstream.runtime.session import is_remote
 from nightstream.runtime.settings import StorageSettings
+from nightstream.store import delta_sql
+from nightstream.store.delta_sql import SqlTable
 from nightstream.store.tables import TableSpec
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-_CONFLICTS = ("ConcurrentAppend", "ConcurrentDelete", "ConcurrentTransaction", "ConcurrentWrite", "MetadataChanged")
+# What Delta raises where a concurrent writer got ahead, in this process as over Spark Connect. To import them makes
+# PySpark raise them in place of its general errors.
+CONFLICTS = (
+    ConcurrentAppendException,
+    ConcurrentDeleteDeleteException,
+    ConcurrentDeleteReadException,
+    ConcurrentTransactionException,
+    ConcurrentWriteException,
+    MetadataChangedException,
+)
 
 
 class Storage:
@@ -46,7 +66,7 @@ class Storage:
     def sql_name(self, spec: TableSpec) -> str:
         """What the table is called in SQL."""
         location = self.location(spec)
-        return location if self._by_name else "delta.`" + location.replace("`", "``") + "`"
+        return location if self._by_name else delta_sql.path_name(location)
 
     def create_view(self, name: str, query: str) -> None:
         """Create or replace a view beside the tables; for storage.kind catalog only."""
@@ -59,12 +79,17 @@ class Storage:
     def exists(self, spec: TableSpec) -> bool:
         if self._by_name:
             return self.spark.catalog.tableExists(self.location(spec))
+        if is_remote(self.spark):
+            return delta_sql.exists(self.spark, self.sql_name(spec))
         return DeltaTable.isDeltaTable(self.spark, self.location(spec))
 
     def create(self, *specs: TableSpec) -> None:
         """Create each table that is not there yet, empty."""
         for spec in specs:
             if self.exists(spec):
+                continue
+            if is_remote(self.spark):
+                delta_sql.create(self.spark, self.sql_name(spec), spec)
                 continue
             builder = DeltaTable.createIfNotExists(self.spark).addColumns(spec.schema).comment(spec.grain)
             builder = builder.tableName(self.location(spec)) if self._by_name else builder.location(self.location(spec))
@@ -99,13 +124,10 @@ class Storage:
         row = self.table(spec).history(1).select("version").first()
         return None if row is None else row.version
 
-    def append(self, spec: TableSpec, rows: DataFrame, transaction: tuple[str, int] | None = None) -> None:
-        """Append in one commit. With `transaction` = (application, sequence number), a repeated append does nothing."""
+    def append(self, spec: TableSpec, rows: DataFrame) -> None:
+        """Append in one commit."""
         self.create(spec)
-        writer = rows.select(*spec.schema.names).write.format("delta").mode("append")
-        if transaction is not None:
-            writer = writer.option("txnAppId", transaction[0]).option("txnVersion", str(transaction[1]))
-        self._save(spec, writer)
+        self._save(spec, rows.select(*spec.schema.names).write.format("delta").mode("append"))
 
     def overwrite(self, spec: TableSpec, rows: DataFrame, where: str | None = None) -> None:
         """Replace the whole table, or the rows that `where` selects, in one commit."""
@@ -123,8 +145,10 @@ class Storage:
             writer = writer.partitionBy(partition)
         self._save(spec, writer)
 
-    def table(self, spec: TableSpec) -> DeltaTable:
+    def table(self, spec: TableSpec) -> DeltaTable | SqlTable:
         self.create(spec)
+        if is_remote(self.spark):
+            return SqlTable(self.spark, self.sql_name(spec))
         if self._by_name:
             return DeltaTable.forName(self.spark, self.location(spec))
         return DeltaTable.forPath(self.spark, self.location(spec))
@@ -136,16 +160,23 @@ class Storage:
             writer.save(self.location(spec))
 
     def with_retries(self, action: Callable[[], Result], attempts: int, what: str) -> Result:
-        """Run a write again when a concurrent writer got ahead, `attempts` times at most, then raise its error.
+        """What the action returns: a write, run again when a concurrent writer got ahead.
 
         Each repetition is logged and counted in `conflicts`.
+
+        Args:
+            action: the write, run as it is each time.
+            attempts: how often it is run at most, 1 or more.
+            what: the table's name, for the log.
+
+        Raises:
+            CONFLICTS: that of the last attempt. Any other error is raised at once.
         """
         for attempt in range(1, attempts + 1):
             try:
                 return action()
-            except Exception as error:
-                name = type(error).__name__ + str(error)[:300]
-                if attempt == attempts or not any(c in name for c in _CONFLICTS):
+            except CONFLICTS:
+                if attempt == attempts:
                     raise
                 with self._counting:
                     self.conflicts += 1

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import pyarrow as pa
 from pyspark.sql import types as T
+from pyspark.sql.pandas.types import to_arrow_schema
 
 from nightstream.errors import TableError
 
@@ -35,6 +37,11 @@ WINDOW_EVENT = _struct(
 WINDOW = T.ArrayType(WINDOW_EVENT, containsNull=False)
 SEEN = T.ArrayType(_struct(event_time=TIME, item_id=STRING), containsNull=False)
 LIST_ENTRY = _struct(rank=INT, item_id=STRING, score=DOUBLE, strategy=STRING, reason=STRING, because_item_id=STRING)
+
+
+def arrow_schema(schema: T.StructType) -> pa.Schema:
+    """The schema in Arrow's types, in which rows are on the driver and in workers: times in microseconds, UTC."""
+    return to_arrow_schema(schema, timezone="UTC")
 
 
 @dataclass(frozen=True)

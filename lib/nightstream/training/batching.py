@@ -1,4 +1,4 @@
-"""Sequences cut into windows, for training and for the targets that early stopping looks at."""
+"""Sequences cut into chunks for training, and into windows for the targets that early stopping looks at."""
 
 from __future__ import annotations
 
@@ -78,6 +78,58 @@ def chunk_indices(chunks: Chunks, rows: np.ndarray) -> tuple[np.ndarray, np.ndar
     index = last[:, None] - np.arange(length - 1, -1, -1)
     mask = index >= first[:, None]
     return np.where(mask, index, 0), mask
+
+
+@dataclass(frozen=True)
+class Examples:
+    """B chunks with inputs at L positions each, P of which have a target.
+
+    items: int64 [B, L], 1-based rows, 0 = padding or an item that nobody knows. types: int32 [B, L]. times: int64
+    [B, L], microseconds, 0 = padding. values: float32 [B, L]. users: int64 [B]. row, place: int64 [P], the positions
+    with a target. targets: int64 [P], 1-based rows. excluded: int64 [P, L], the items that the user had up to that
+    position, 0 = none: what a user has consumed is not recommended again, so it is no rival of the target either.
+    """
+
+    items: np.ndarray
+    types: np.ndarray
+    times: np.ndarray
+    values: np.ndarray
+    users: np.ndarray
+    row: np.ndarray
+    place: np.ndarray
+    targets: np.ndarray
+    excluded: np.ndarray
+
+
+def examples(sequences: Sequences, chunks: Chunks, rows: np.ndarray, is_target: np.ndarray) -> Examples:
+    """The inputs and targets of some chunks.
+
+    Args:
+        sequences: the histories that were cut into chunks.
+        chunks: of cut_chunks.
+        rows: int64 [B], which chunks.
+        is_target: bool [E], which events may be targets.
+
+    Returns:
+        Examples of B chunks, left-padded to the longest.
+    """
+    index, mask = chunk_indices(chunks, rows)
+    following = np.minimum(index + 1, len(sequences.items) - 1)
+    wanted = mask & (index + 1 >= chunks.target_from[rows][:, None]) & is_target[following]
+    row, place = np.nonzero(wanted)
+    items = np.where(mask, sequences.items[index], 0).astype(np.int64)
+    later = np.arange(items.shape[1]) > place[:, None]
+    return Examples(
+        items,
+        np.where(mask, sequences.types[index], 0),
+        np.where(mask, sequences.times[index], 0),
+        np.where(mask, sequences.values[index], 0).astype(np.float32),
+        chunks.users[rows],
+        row,
+        place,
+        sequences.items[following[row, place]].astype(np.int64),
+        np.where(later, 0, items[row]),
+    )
 
 
 def windows_before(sequences: Sequences, events: np.ndarray, window: int) -> Windows:

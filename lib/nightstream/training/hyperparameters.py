@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from nightstream.errors import SettingsError
 from nightstream.models.arrays import ItemFeatures, Sequences
 from nightstream.models.encoders.base import EncoderSizes
 from nightstream.models.encoders.item import ItemSizes
@@ -33,6 +34,11 @@ class TrainingSizes:
     valid_limit: int
 
 
+def valid_limit(options: dict[str, Any]) -> int:
+    """Targets that early stopping and the reported figures look at. Rule: 3000."""
+    return int(_pick(options, "valid_limit", 3000))
+
+
 def _pick(options: dict[str, Any], name: str, rule: Any) -> Any:
     value = options.get(name, "auto")
     return rule if value == "auto" else type(rule)(value)
@@ -54,8 +60,11 @@ def item_sizes(options: dict[str, Any], features: ItemFeatures) -> ItemSizes:
 
 def encoder_sizes(options: dict[str, Any], sequences: Sequences, event_types: int) -> EncoderSizes:
     """Rules: window 30; the convolutions look at 5 events; hidden layers are twice as wide as the vectors (the
-    recurrent state 1.5 times); dropout 0.3."""
-    width = _pick(options, "width", 64)
+    recurrent state 1.5 times); dropout 0.3. Raises SettingsError where the transformer's heads do not divide the width.
+    """
+    width, heads = _pick(options, "width", 64), _pick(options, "heads", 2)
+    if options["encoder"] == "transformer" and width % heads:
+        raise SettingsError([f"training.options: heads ({heads}) must divide width ({width}); change one of them"])
     return EncoderSizes(
         kind=options["encoder"],
         width=width,
@@ -63,7 +72,7 @@ def encoder_sizes(options: dict[str, Any], sequences: Sequences, event_types: in
         span=_pick(options, "span", 5),
         hidden=_pick(options, "hidden", width * 3 // 2 if options["encoder"] == "gru" else 2 * width),
         layers=_pick(options, "layers", 2),
-        heads=_pick(options, "heads", 2),
+        heads=heads,
         dropout=_pick(options, "dropout", 0.3),
         event_types=event_types,
         user_numbers=sequences.users.numbers.shape[1],
@@ -83,5 +92,5 @@ def training_sizes(options: dict[str, Any], sequences: Sequences, items: int) ->
         weight_decay=_pick(options, "weight_decay", 0.0),
         negatives=_pick(options, "negatives", 0 if items <= FULL_SOFTMAX_ITEMS else 8192),
         scale=_pick(options, "scale", 12.0),
-        valid_limit=_pick(options, "valid_limit", 3000),
+        valid_limit=valid_limit(options),
     )

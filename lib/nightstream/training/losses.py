@@ -25,8 +25,8 @@ class _FullSoftmax(torch.autograd.Function):
         # An upper bound of the logits serves as well as their maximum, unless it is so far off that exp underflows.
         bound = users.norm(dim=1, keepdim=True) * items.norm(dim=1).max()
         exact = bool(bound.max() > _LARGEST_BOUND)
-        buffer = torch.empty(min(_CHUNK, count), len(table))
-        total = 0.0
+        buffer = table.new_empty(min(_CHUNK, count), len(table))
+        losses = []
         for start in range(0, count, _CHUNK):
             part, top = users[start : start + _CHUNK], bound[start : start + _CHUNK]
             target = targets[start : start + _CHUNK].unsqueeze(1)
@@ -43,13 +43,14 @@ class _FullSoftmax(torch.autograd.Function):
             logits[:, 0] = -torch.inf
             logits.exp_()
             mass = logits.sum(1, keepdim=True)
-            total += float((mass.log() - hit).sum())
+            losses.append((mass.log() - hit).sum())
             user_grad[start : start + _CHUNK] = torch.mm(logits, table).div_(mass).sub_(table[target[:, 0]])
             table_grad.addmm_(logits.T, part / mass)
             table_grad.index_add_(0, target[:, 0], part, alpha=-1)
         item_grad = table_grad[1:]
         ctx.save_for_backward(user_grad.div_(count), item_grad.div_(count))
-        return users.new_tensor(total / count)
+        # Read at the end alone: a GPU would wait at each chunk.
+        return users.new_tensor(sum(torch.stack(losses).tolist()) / count)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -77,4 +78,4 @@ def sampled_softmax(users: Tensor, positives: Tensor, negatives: Tensor, log_exp
     positive = (users * positives).sum(1, keepdim=True)
     negative = (users @ negatives.T - log_expected).masked_fill(same, -torch.inf)
     logits = torch.cat([positive, negative], 1)
-    return functional.cross_entropy(logits, torch.zeros(len(users), dtype=torch.int64))
+    return functional.cross_entropy(logits, torch.zeros(len(users), dtype=torch.int64, device=users.device))

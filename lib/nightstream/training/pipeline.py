@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,15 @@ from nightstream.files import write_json
 from nightstream.models import ranking_metrics
 from nightstream.models.array_files import save_item_features, save_sequences
 from nightstream.models.arrays import RANK, TRAIN, VALID, Catalogue, ItemFeatures, Sequences
-from nightstream.models.encoders import EncoderSizes, ItemEncoder, ItemSizes, build_sequence_encoder
+from nightstream.models.artifacts import load_encoders
 from nightstream.models.model import Member, Model
 from nightstream.models.ranking.candidate_sources import SourceSizes, fit_sources
 from nightstream.models.ranking.candidates import candidates, score_block
-from nightstream.models.ranking.rank_features import features
+from nightstream.models.ranking.rank_features import RankerFeatures, features
 from nightstream.models.ranking.ranker import LabelledGroups, RankerSizes, train_ranker
 from nightstream.models.ranking.topk import BLOCK
 from nightstream.training import batching
+from nightstream.training.hyperparameters import encoder_sizes, valid_limit
 
 # The refit goes on from the weights of the first training, since the ranker must keep meeting cosines of the kind that
 # it was trained on, and for a share of its epochs between these.
@@ -39,9 +40,10 @@ class LearnSpec:
     """What learn() may be told.
 
     encoders: members of the ensemble, names of encoders/factory.ENCODERS. weights: of their cosines, equal if empty.
-    options: sizes for every encoder (see sizing), each absent or "auto" unless given. seed: of everything.
-    threads: of torch in each training process. parallel: encoders trained side by side. use_ranker: whether to train
-    one. refit: whether to train on with the ranker's and the validation's events too before handing out the model.
+    options: sizes for every encoder (see hyperparameters), each absent or "auto" unless given. seed: of everything.
+    threads: of torch in each training process. device: of those processes, cpu or cuda. parallel: encoders trained side
+    by side. use_ranker: whether to train one. refit: whether to train on with the ranker's and the validation's events
+    too before handing out the model.
     """
 
     encoders: tuple[str, ...] = ("gru", "cnn")
@@ -49,10 +51,10 @@ class LearnSpec:
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     threads: int = 2
+    device: str = "cpu"
     parallel: int = 1
     use_ranker: bool = True
     refit: bool = True
-    valid_limit: int = 3000
     sources: SourceSizes = field(default_factory=SourceSizes)
     ranker: RankerSizes = field(default_factory=RankerSizes)
 
@@ -81,7 +83,7 @@ def learn(
     those processes; what was finished there with the same inputs is not done again. note(stage, facts) is called
     after each stage. before_refit is called with the whole model as it stands before the refit, when it has learnt from
     TRAIN and RANK targets alone. Validation figures stand in Model.metrics. ValueError if the inputs do not fit
-    together.
+    together, SettingsError if the options do not.
     """
     if len(item_features) != len(item_ids):
         raise ValueError("item_features and item_ids must have one row per item each")
@@ -91,6 +93,9 @@ def learn(
     save_sequences(work / "sequences.safetensors", sequences)
     save_item_features(work / "items.safetensors", item_features)
     print_of = _fingerprint(work, item_ids)
+    for name in spec.encoders:
+        # Sizes that do not fit together are refused here, not by a process that Spark started.
+        encoder_sizes({**spec.options, "encoder": name}, sequences, len(event_types))
     say = note or (lambda stage, facts: None)
     facts: dict[str, Any] = {}
 
@@ -113,7 +118,7 @@ def learn(
     sources = fit_sources(sequences, len(item_ids), (TRAIN,), spec.sources)
     first = Model(item_ids, event_types, members, sources, None, False)
     catalogue = _catalogue(first, item_features, item_ids)
-    valid = batching.sampled_targets(sequences, VALID, spec.valid_limit, spec.seed)
+    valid = batching.sampled_targets(sequences, VALID, valid_limit(spec.options), spec.seed)
     facts["without_ranker"] = _measure(first, sequences, catalogue, valid)
     for name in spec.encoders:
         alone = first.only(name)
@@ -124,7 +129,7 @@ def learn(
         labels = batching.sampled_targets(sequences, RANK, spec.ranker.label_limit, spec.seed)
         groups = labelled_groups(first, sequences, catalogue, labels)
         held_out = labelled_groups(first, sequences, catalogue, valid)
-        ranker = train_ranker(groups, held_out, spec.encoders, spec.ranker, spec.seed)
+        ranker = train_ranker(groups, held_out, RankerFeatures(spec.encoders, sources.names), spec.ranker, spec.seed)
         if ranker is not None:
             ranked = Model(item_ids, event_types, members, sources, ranker)
             facts["with_ranker"] = _measure(ranked, sequences, catalogue, valid)
@@ -153,7 +158,7 @@ def labelled_groups(model: Model, sequences: Sequences, catalogue: Catalogue, ta
         vectors = model.encode_users(windows, catalogue)
         table = model.table(catalogue)
         scores = score_block(windows, vectors, table, model.sources, True)
-        columns = candidates(scores, table, 0)
+        columns = candidates(scores, table, model.sources, 0)
         values = features(scores, table, windows, model.sources, columns)
         valid = columns >= 0
         rows.append(values[valid])
@@ -207,7 +212,7 @@ def _job(
     roles: tuple[int, ...],
     refit: int | None,
 ) -> dict[str, Any]:
-    options = {**spec.options, "valid_limit": spec.valid_limit}
+    options = dict(spec.options)
     if refit is not None:
         options["epochs"] = refit
     job = {
@@ -221,6 +226,7 @@ def _job(
         "roles": list(roles),
         "validate": refit is None,
         "threads": spec.threads,
+        "device": spec.device,
         "options": options,
     }
     if refit is not None:
@@ -240,7 +246,7 @@ def _train(
     out = Path(job["output"])
     job = {**job, "data": fingerprint}
     mark = out / "done.json"
-    kept = {k: v for k, v in job.items() if k != "threads"}
+    kept = {k: v for k, v in job.items() if k not in ("threads", "device")}
     if not (mark.exists() and json.loads(mark.read_text()) == kept):
         train(job)
         write_json(mark, kept)
@@ -249,19 +255,9 @@ def _train(
         tensors = load_tensors(str(out / "weights.safetensors"))
     except OSError as error:
         raise ArtifactError(f"training of {job['name']} left no result in {out}: {error}") from error
-    about = history["item_sizes"]
-    items = ItemEncoder(ItemSizes(**{**about, "category_sizes": tuple(about["category_sizes"])}))
-    about = history["encoder_sizes"]
-    sequence = build_sequence_encoder(EncoderSizes(**{**about, "user_categories": tuple(about["user_categories"])}))
-    items.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("items.")})
-    sequence.load_state_dict({k[9:]: v for k, v in tensors.items() if k.startswith("sequence.")})
+    items, sequence = load_encoders(history["item_sizes"], history["encoder_sizes"], tensors)
     used = np.isin(sequences.roles, np.asarray(roles, np.int8))
     trained = np.bincount(sequences.items[used], minlength=len(item_features) + 1)[1:] > 0
     weights = spec.weights or (1.0,) * len(spec.encoders)
     weight = weights[spec.encoders.index(job["encoder"])] / sum(weights)
     return Member(job["encoder"], items, sequence, weight, trained), history
-
-
-def describe(spec: LearnSpec) -> dict[str, Any]:
-    """The spec as plain values, for a model's record."""
-    return asdict(spec)

@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +16,32 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 from pyspark.ml.torch.distributor import TorchDistributor
-from pyspark.sql import DataFrame
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from nightstream.errors import SettingsError
 from nightstream.models.arrays import Sequences, UserFeatures
 from nightstream.models.arrow import combined, rows_of
+from nightstream.models.artifacts import to_artifacts
 from nightstream.models.bundle import FEATURES_FILE
+from nightstream.models.encoders.content import NO_TEXT
+from nightstream.models.encoders.factory import CONTENT_ENCODERS, ENCODERS
 from nightstream.models.features import FeatureStatistics, transform_items, transform_users
 from nightstream.models.model import Model
+from nightstream.models.ranking.ranker import RankerSizes
+from nightstream.models.ranking.sources.base import SourceSizes
 from nightstream.runtime import console
 from nightstream.runtime.settings import Settings
-from nightstream.training import splits
+from nightstream.training import device, splits
 from nightstream.training.feature_statistics import fit as fit_statistics
 from nightstream.training.pipeline import LearnSpec, learn
 from nightstream.training.trainer import train_encoder
 
 TAIL_SECONDS = 0.3
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,10 @@ def fit(settings: Settings, events: DataFrame, items: DataFrame, users: DataFram
 
     events: live EVENTS rows of the types that enter a window. items: ITEMS rows of the whole catalogue.
     name: the scratch folder below storage.work_dir; it is removed at the end and resumed from after a crash.
+    MachineError if training.device is cuda and there is no GPU for each process.
     """
+    spark = events.sparkSession
+    spec = replace(learn_spec(settings), device=_device(settings, spark))
     work = Path(settings.storage.work_dir) / name
     work.mkdir(parents=True, exist_ok=True)
     events = _newest(events, settings.training.max_events)
@@ -61,13 +73,6 @@ def fit(settings: Settings, events: DataFrame, items: DataFrame, users: DataFram
     item_ids = catalogue["item_id"].combine_chunks()
     _write(events, users, work)
     sequences = _sequences(work, item_ids, statistics)
-    spec = LearnSpec(
-        encoders=settings.training.encoders,
-        options={"window": settings.window.length, "epochs": settings.training.epochs},
-        seed=settings.training.seed,
-        threads=settings.training.threads,
-        parallel=settings.training.parallel_encoders,
-    )
     earlier: list[Model] = []
     with console.training_bar() as update:
         model = learn(
@@ -76,15 +81,85 @@ def fit(settings: Settings, events: DataFrame, items: DataFrame, users: DataFram
             item_ids.to_pylist(),
             list(statistics.event_types),
             spec,
-            _launcher(settings, update),
+            _launcher(settings, _uses_spark_gpus(settings, spec.device, spark), update),
             work / "learning",
             before_refit=earlier.append,
         )
     history = _history(work / "learning")
     shutil.rmtree(work)
     features = {FEATURES_FILE: statistics.to_json().encode()}
-    before_refit = earlier[0].to_artifacts() | features
-    return Fitted(model.to_artifacts() | features, _flat(model.metrics), history, before_refit)
+    before_refit = to_artifacts(earlier[0]) | features
+    return Fitted(to_artifacts(model) | features, _flat(model.metrics), history, before_refit)
+
+
+def learn_spec(settings: Settings) -> LearnSpec:
+    """What the settings tell the learner; on the CPU, whatever they say of GPUs.
+
+    Raises SettingsError for an encoder, of sequences or of text, that nobody has registered.
+    """
+    training, retrieval, ranking = settings.training, settings.retrieval, settings.ranking
+    unknown = [name for name in training.encoders if name not in ENCODERS]
+    problems = []
+    if unknown:
+        problems.append(f"training.encoders: {', '.join(unknown)} not known; choose among {', '.join(ENCODERS)}")
+    texts = ("auto", *CONTENT_ENCODERS, NO_TEXT)
+    if training.options.text not in texts:
+        problems.append(f"training.options.text: {training.options.text} not known; choose among {', '.join(texts)}")
+    if problems:
+        raise SettingsError(problems)
+    return LearnSpec(
+        encoders=training.encoders,
+        options=_options(settings),
+        seed=training.seed,
+        threads=training.threads,
+        parallel=training.parallel_encoders,
+        sources=SourceSizes(
+            reach=retrieval.reach,
+            neighbours=retrieval.neighbours,
+            shrink=retrieval.shrink,
+            history=retrieval.history,
+            half_life_days=retrieval.half_life_days,
+            trend_half_life_days=retrieval.trend_half_life_days,
+            prior_events=retrieval.prior_events,
+            recency=retrieval.recency,
+        ),
+        ranker=RankerSizes(
+            depth=ranking.depth,
+            learning_rate=ranking.learning_rate,
+            trees=ranking.trees,
+            patience=ranking.patience,
+            min_child_weight=ranking.min_child_weight,
+            column_share=ranking.column_share,
+            row_share=ranking.row_share,
+            l2=ranking.l2,
+            label_limit=ranking.label_limit,
+            threads=ranking.threads,
+        ),
+    )
+
+
+def _options(settings: Settings) -> dict[str, Any]:
+    """The sizes that hyperparameters reads, by name; "auto" where its rules choose."""
+    given = settings.training.options
+    return {
+        "window": settings.window.length,
+        "epochs": settings.training.epochs,
+        "width": given.width,
+        "hidden": given.hidden,
+        "layers": given.layers,
+        "heads": given.heads,
+        "span": given.span,
+        "dropout": given.dropout,
+        "text": given.text,
+        "id_dropout": given.id_dropout,
+        "learning_rate": given.learning_rate,
+        "weight_decay": given.weight_decay,
+        "positions": given.positions,
+        "negatives": given.negatives,
+        "scale": given.scale,
+        "patience": given.patience,
+        "valid_limit": given.valid_limit,
+    }
 
 
 def _history(work: Path) -> list[dict[str, Any]]:
@@ -148,7 +223,34 @@ def _user_features(work: Path, user_ids: pa.Array, statistics: FeatureStatistics
     return transform_users(described.select(["categories", "numbers"]).take(place), statistics)
 
 
-def _launcher(settings: Settings, update: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], Any]:
+def _device(settings: Settings, spark: SparkSession) -> str:
+    """cpu or cuda, by training.device and the GPUs that there are. Raises MachineError where cuda is set in vain."""
+    training = settings.training
+    if not training.local_mode:
+        # A task gets as many GPUs as Spark was told to give it.
+        gpus = training.processes if _gpus(spark, "task") else 0
+    else:
+        gpus = torch.cuda.device_count()
+        if _gpus(spark, "driver"):
+            gpus = min(gpus, _gpus(spark, "driver"))
+    chosen = device.choose(training.device, gpus, training.processes)
+    if chosen == "cpu" and gpus and training.device == "auto":
+        log.warning("training on the CPU: there are %d GPUs for %d processes", gpus, training.processes)
+    return chosen
+
+
+def _uses_spark_gpus(settings: Settings, chosen: str, spark: SparkSession) -> bool:
+    """Whether Spark hands out the GPUs; on a driver that it gave none, each process takes the one of its rank."""
+    return chosen == "cuda" and (not settings.training.local_mode or _gpus(spark, "driver") > 0)
+
+
+def _gpus(spark: SparkSession, owner: str) -> int:
+    return int(float(spark.conf.get(f"spark.{owner}.resource.gpu.amount", "0") or 0))
+
+
+def _launcher(
+    settings: Settings, use_gpu: bool, update: Callable[[dict[str, Any]], None]
+) -> Callable[[dict[str, Any]], Any]:
     training = settings.training
 
     def train(spec: dict[str, Any]) -> Any:
@@ -161,7 +263,7 @@ def _launcher(settings: Settings, update: Callable[[dict[str, Any]], None]) -> C
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         try:
             distributor = TorchDistributor(
-                num_processes=training.processes, local_mode=training.local_mode, use_gpu=False
+                num_processes=training.processes, local_mode=training.local_mode, use_gpu=use_gpu
             )
             # It sets its own level when it is made.
             logging.getLogger("TorchDistributor").setLevel(logging.WARNING)

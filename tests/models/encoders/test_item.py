@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nightstream.models.encoders.item import ItemBatch, ItemEncoder, ItemSizes
+from nightstream.models.encoders.content import NO_TEXT, ItemBatch, ItemSizes
+from nightstream.models.encoders.factory import CONTENT_ENCODERS
+from nightstream.models.encoders.item import ItemEncoder
 from nightstream.models.encoders.text import TextConvolution
 
 
@@ -17,7 +19,13 @@ def items(ids: list[int]) -> ItemBatch:
     return ItemBatch(torch.tensor(ids), torch.linspace(-1, 1, 2 * n).view(n, 2), categories, tokens)
 
 
-@pytest.mark.parametrize("text", ["cnn", "rnn", "none"])
+def reading(tokens: torch.Tensor) -> ItemBatch:
+    """Items that have nothing but a text."""
+    count = len(tokens)
+    return ItemBatch(torch.zeros(count, dtype=torch.int64), torch.zeros(count, 0), (), tokens)
+
+
+@pytest.mark.parametrize("text", [*CONTENT_ENCODERS, NO_TEXT])
 def test_vectors_have_unit_length_with_and_without_id(text: str) -> None:
     torch.manual_seed(0)
     out = ItemEncoder(sizes(text)).eval()(items([1, 2, 0, 0]))
@@ -26,7 +34,7 @@ def test_vectors_have_unit_length_with_and_without_id(text: str) -> None:
 
 
 @pytest.mark.parametrize("part", ["numbers", "categories", "tokens"])
-@pytest.mark.parametrize("text", ["cnn", "rnn"])
+@pytest.mark.parametrize("text", CONTENT_ENCODERS)
 def test_every_part_of_the_content_counts_without_an_id(text: str, part: str) -> None:
     torch.manual_seed(0)
     encoder, batch = ItemEncoder(sizes(text)).eval(), items([0, 0])
@@ -36,7 +44,7 @@ def test_every_part_of_the_content_counts_without_an_id(text: str, part: str) ->
     assert (encoder(changed) - encoder(batch)).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("text", ["cnn", "rnn"])
+@pytest.mark.parametrize("text", CONTENT_ENCODERS)
 def test_padding_of_the_text_does_not_matter(text: str) -> None:
     torch.manual_seed(0)
     encoder, batch = ItemEncoder(sizes(text)).eval(), items([1, 2])
@@ -44,11 +52,27 @@ def test_padding_of_the_text_does_not_matter(text: str) -> None:
     torch.testing.assert_close(encoder(longer), encoder(batch), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("text", CONTENT_ENCODERS)
+def test_an_item_without_text_gets_the_zero_vector_and_items_do_not_mix(text: str) -> None:
+    torch.manual_seed(0)
+    encoder, batch = CONTENT_ENCODERS[text](sizes(text)).eval(), items([1, 2, 3])
+    batch.tokens[1] = 0
+    out = encoder(batch)
+    assert out.shape == (3, 8)
+    assert not out[1].any()
+    torch.testing.assert_close(encoder(batch.take(torch.tensor([2])))[0], out[2])
+
+
+def test_an_unknown_text_encoder_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'lstm'; known are cnn, rnn, none"):
+        ItemEncoder(sizes("lstm"))
+
+
 def test_the_text_convolution_equals_a_window_slid_over_each_text() -> None:
     torch.manual_seed(0)
-    texts = TextConvolution(9, 8)
+    texts = TextConvolution(sizes("cnn"))
     tokens = torch.tensor([[2, 3, 4, 3], [0, 0, 0, 0], [5, 0, 0, 0], [8, 1, 0, 0], [6, 7, 2, 3]])
-    for row, vector in zip(tokens, texts(tokens), strict=True):
+    for row, vector in zip(tokens, texts(reading(tokens)), strict=True):
         words = texts.words(row[row > 0])
         around = torch.nn.functional.pad(words, (0, 0, 1, 1))
         answers = [texts.convolution(around[i : i + 3].flatten()).relu() for i in range(len(words))]
@@ -58,8 +82,8 @@ def test_the_text_convolution_equals_a_window_slid_over_each_text() -> None:
 
 
 def test_padding_learns_nothing() -> None:
-    texts = TextConvolution(9, 8)
-    texts(torch.tensor([[2, 3, 0], [4, 0, 0]])).sum().backward()
+    texts = TextConvolution(sizes("cnn"))
+    texts(reading(torch.tensor([[2, 3, 0], [4, 0, 0]]))).sum().backward()
     assert not texts.words.weight.grad[0].any()  # type: ignore[index]
 
 

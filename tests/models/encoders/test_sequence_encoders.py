@@ -122,4 +122,4 @@ def test_gap_buckets_are_powers_of_two_and_zero_where_nothing_comes_before() -> 
 
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="lstm"):
-        sizes("lstm")
+        build_sequence_encoder(sizes("lstm"))

@@ -3,17 +3,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from nightstream.errors import ArtifactError
-from nightstream.models.ranking.rank_features import feature_groups, feature_names
+from nightstream.models.ranking.rank_features import RankerFeatures
 from nightstream.models.ranking.ranker import LabelledGroups, Ranker, RankerSizes, train_ranker
+from nightstream.models.ranking.sources.registry import SOURCES
 from nightstream.models.ranking.strategies import STRATEGIES
 
-MEMBERS = ("gru",)
+READS = RankerFeatures(("gru",), tuple(SOURCES))
 
 
 def groups(seed: int, count: int = 80, telling: str = "window_events") -> LabelledGroups:
     """Groups of ten whose target is the row with the highest value of one feature; the others are noise."""
     rng = np.random.default_rng(seed)
-    names = feature_names(MEMBERS)
+    names = READS.names
     values = rng.random((count, 10, len(names))).astype(np.float32)
     labels = np.zeros((count, 10), np.float32)
     np.put_along_axis(labels, values[:, :, names.index(telling)].argmax(1)[:, None], 1.0, 1)
@@ -22,7 +23,7 @@ def groups(seed: int, count: int = 80, telling: str = "window_events") -> Labell
 
 @pytest.fixture(scope="module")
 def ranker() -> Ranker:
-    trained = train_ranker(groups(0), groups(1), MEMBERS, RankerSizes(trees=60, threads=1, min_child_weight=0.1), 3)
+    trained = train_ranker(groups(0), groups(1), READS, RankerSizes(trees=60, threads=1, min_child_weight=0.1), 3)
     assert trained is not None
     return trained
 
@@ -38,7 +39,7 @@ def test_contributions_add_up_to_the_score_and_name_the_telling_feature(ranker: 
     parts = ranker.contributions(test.features)
     rest = ranker.score(test.features) - parts.sum(1)
     np.testing.assert_allclose(rest, rest[0], atol=1e-4)
-    assert np.abs(parts).mean(0).argmax() == feature_names(MEMBERS).index("window_events")
+    assert np.abs(parts).mean(0).argmax() == READS.names.index("window_events")
 
 
 def test_a_row_has_the_same_score_in_any_batch(ranker: Ranker) -> None:
@@ -48,15 +49,15 @@ def test_a_row_has_the_same_score_in_any_batch(ranker: Ranker) -> None:
 
 def test_bytes_there_and_back(ranker: Ranker) -> None:
     values = groups(4).features
-    again = Ranker.from_bytes(ranker.to_bytes(), MEMBERS)
+    again = Ranker.from_bytes(ranker.to_bytes(), READS)
     np.testing.assert_array_equal(again.score(values), ranker.score(values))
 
 
 def test_damaged_or_foreign_bytes_are_refused(ranker: Ranker) -> None:
     with pytest.raises(ArtifactError, match="XGBoost"):
-        Ranker.from_bytes(b"{nonsense", MEMBERS)
+        Ranker.from_bytes(b"{nonsense", READS)
     with pytest.raises(ArtifactError, match="features"):
-        Ranker.from_bytes(ranker.to_bytes(), ("gru", "cnn"))
+        Ranker.from_bytes(ranker.to_bytes(), RankerFeatures(("gru", "cnn"), tuple(SOURCES)))
 
 
 def test_groups_without_their_target_are_left_out_and_nothing_to_learn_gives_none() -> None:
@@ -65,10 +66,11 @@ def test_groups_without_their_target_are_left_out_and_nothing_to_learn_gives_non
     assert some.with_target().sizes.tolist() == [10, 10, 10]
     assert some.with_target().labels.sum() == 3
     some.labels[:] = 0
-    assert train_ranker(some, some, MEMBERS, RankerSizes(), 0) is None
+    assert train_ranker(some, some, READS, RankerSizes(), 0) is None
 
 
 def test_every_feature_of_a_source_counts_for_a_strategy() -> None:
-    names, by = feature_names(("gru", "cnn")), feature_groups(("gru", "cnn"))
+    reads = RankerFeatures(("gru", "cnn"), tuple(SOURCES))
+    names, by = reads.names, reads.groups()
     assert len(names) == len(by) == len(set(names))
     assert {STRATEGIES[g] for g in by if g >= 0} == set(STRATEGIES) - {"content"}

@@ -12,14 +12,17 @@ from nightstream.models.ranking.candidate_sources import SourceSizes, fit_source
 from nightstream.models.ranking.candidates import (
     ENSEMBLE_CANDIDATES,
     MEMBER_CANDIDATES,
-    OTHER_CANDIDATES,
-    POPULAR_CANDIDATES,
     candidates,
     prepare,
     score_block,
+    strongest_columns,
 )
-from nightstream.models.ranking.rank_features import RECENT_EVENTS, feature_names, features
+from nightstream.models.ranking.rank_features import RECENT_EVENTS, RankerFeatures, features
+from nightstream.models.ranking.sources.neighbours import Covisitation, ItemKnn, window_weights
+from nightstream.models.ranking.sources.segments import Segments
+from nightstream.models.ranking.sources.shares import Popularity, Trend
 from nightstream.models.ranking.topk import unit
+from scipy import sparse
 
 ITEMS, WIDTH = 30, 8
 
@@ -36,10 +39,20 @@ def test_without_attributes_a_segment_lifts_nothing(unmet: int) -> None:
     table = prepare(catalogue, rows, [("gru", WIDTH, 1.0)], sources)
     windows = make_windows([[1, 8, 15], [2, 9]], users=no_users(2))
     scores = score_block(windows, unit(rng.normal(size=(2, WIDTH)).astype(np.float32)), table, sources, True)
-    columns = candidates(scores, table, 5)
+    columns = candidates(scores, table, sources, 5)
     values = features(scores, table, windows, sources, columns)[columns >= 0]
-    assert np.ptp(values[:, feature_names(("gru",)).index("log_popularity")]) > 0.1
-    assert np.abs(values[:, feature_names(("gru",)).index("segment_lift")]).max() < 1e-5
+    names = RankerFeatures(("gru",), sources.names).names
+    assert np.ptp(values[:, names.index("log_popularity")]) > 0.1
+    assert np.abs(values[:, names.index("segment_lift")]).max() < 1e-5
+
+
+def test_strongest_columns_are_eligible_and_of_equals_the_lower() -> None:
+    matrix = sparse.csr_matrix(
+        np.array([[1.0, 3.0, 3.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 5.0, 0.0, 0.0]])
+    )
+    eligible = np.ones((3, 5), bool)
+    eligible[0, 4] = False
+    assert strongest_columns(matrix, eligible, 2).tolist() == [[1, 2], [-1, -1], [2, -1]]
 
 
 def test_candidates_and_columns_are_those_of_dense_arrays() -> None:
@@ -64,11 +77,11 @@ def test_candidates_and_columns_are_those_of_dense_arrays() -> None:
     )
     vectors = unit(rng.normal(size=(users, 2 * WIDTH)).astype(np.float32))
     scores = score_block(windows, vectors, table, sources, True)
-    columns = candidates(scores, table, 5)
+    columns = candidates(scores, table, sources, 5)
     values = features(scores, table, windows, sources, columns)
 
     rows = np.array([row_of.get(i, 0) for i in ids])
-    weights = sources.window_weights(table.to_vocabulary[windows.items])
+    weights = window_weights(table.to_vocabulary[windows.items], sources.recency)
     parts = [unit(catalogue.vectors[:, :WIDTH]), unit(catalogue.vectors[:, WIDTH:])]
     own = [unit(vectors[:, :WIDTH]), unit(vectors[:, WIDTH:])]
     eligible = np.broadcast_to(catalogue.available, (users, len(ids))).copy()
@@ -78,25 +91,25 @@ def test_candidates_and_columns_are_those_of_dense_arrays() -> None:
         window = windows.items[user]
         together = [
             sum(w * m[table.to_vocabulary[i]].toarray()[0] for i, w in zip(window, weights[user], strict=True))[rows]
-            for m in (sources.covisitation, sources.knn)
+            for m in (sources.get(Covisitation).neighbours, sources.get(ItemKnn).neighbours)
         ]
         cosines = [vectors[user] @ catalogue.vectors.T, own[0][user] @ parts[0].T, own[1][user] @ parts[1].T]
         wanted: set[int] = set()
-        sizes = (ENSEMBLE_CANDIDATES, MEMBER_CANDIDATES, MEMBER_CANDIDATES, POPULAR_CANDIDATES, POPULAR_CANDIDATES)
-        popularity, trend = np.where(rows, sources.popularity[rows], 0), np.where(rows, sources.trend[rows], 0)
+        sizes = (ENSEMBLE_CANDIDATES, MEMBER_CANDIDATES, MEMBER_CANDIDATES, Popularity.limit, Trend.limit)
+        popularity, trend = (np.where(rows, s[rows], 0) for s in (sources.popularity, sources.get(Trend).shares))
         for score, size in zip((*cosines, popularity, trend), sizes, strict=True):
             best = np.lexsort((np.arange(len(ids)), -np.where(eligible[user], score, -np.inf)))
             wanted |= set(best[:size].tolist())
         for score in together:
             best = np.lexsort((np.arange(len(ids)), -np.where(eligible[user], score, 0).astype(np.float32)))
-            wanted |= {c for c in best[:OTHER_CANDIDATES].tolist() if eligible[user, c] and score[c] > 0}
+            wanted |= {c for c in best[: Covisitation.limit].tolist() if eligible[user, c] and score[c] > 0}
         found = columns[user][columns[user] >= 0]
         assert set(found.tolist()) == wanted
         assert len(found) == len(wanted)
 
         recent = [unit(np.where(window[:, None] > 0, p[window - 1], 0)[-RECENT_EVENTS:].sum(0)) for p in parts]
         newest = [p[window[-1] - 1] * (window[-1] > 0) for p in parts]
-        segment = sources.segments[kinds.categories[0][user, 0]][rows]
+        segment = sources.get(Segments).segments[kinds.categories[0][user, 0]][rows]
         expected = {
             "ensemble_cosine": cosines[0],
             "gru_cosine": cosines[1],
@@ -112,6 +125,7 @@ def test_candidates_and_columns_are_those_of_dense_arrays() -> None:
         }
         expected["cnn_gap"] = expected["cnn_cosine"][found].max() - expected["cnn_cosine"]
         expected["knn_share"] = expected["knn"] / max(expected["knn"][found].max(), 1e-12)
+        names = RankerFeatures(("gru", "cnn"), sources.names).names
         for name, of_item in expected.items():
-            column = values[user][columns[user] >= 0][:, feature_names(("gru", "cnn")).index(name)]
+            column = values[user][columns[user] >= 0][:, names.index(name)]
             np.testing.assert_allclose(column, of_item[found], atol=2e-5, err_msg=name)

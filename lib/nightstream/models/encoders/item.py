@@ -2,59 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nightstream.models.encoders.text import TextConvolution, TextRecurrence
+from nightstream.models.encoders.content import NO_TEXT, ItemBatch, ItemSizes
+from nightstream.models.encoders.factory import build_content_encoder
 
 ID_LENGTH = 0.1
-TEXT_KINDS = ("cnn", "rnn", "none")
-
-
-@dataclass(frozen=True)
-class ItemSizes:
-    """Sizes of an item encoder.
-
-    vocabulary: items with an embedding of their own. width: D. numbers: n columns.
-    category_sizes: indices of each attribute. words: token indices. text: one of TEXT_KINDS.
-    id_dropout: share of items that a training step encodes without their id.
-    """
-
-    vocabulary: int
-    width: int
-    numbers: int
-    category_sizes: tuple[int, ...]
-    words: int
-    text: str
-    id_dropout: float
-
-    def __post_init__(self) -> None:
-        if self.text not in TEXT_KINDS:
-            raise ValueError(f"unknown text encoder {self.text!r}; known are {', '.join(TEXT_KINDS)}")
-
-    @property
-    def has_content(self) -> bool:
-        return bool(self.numbers or self.category_sizes or self.text != "none")
-
-
-@dataclass(frozen=True)
-class ItemBatch:
-    """M items as tensors.
-
-    ids: int64 [M], 1-based row in the vocabulary, 0 = without an id of its own.
-    numbers: float32 [M, n]. categories: int64 [M, w] each. tokens: int64 [M, t]; 0 is padding in both.
-    """
-
-    ids: Tensor
-    numbers: Tensor
-    categories: tuple[Tensor, ...]
-    tokens: Tensor
-
-    def take(self, rows: Tensor) -> ItemBatch:
-        return ItemBatch(self.ids[rows], self.numbers[rows], tuple(c[rows] for c in self.categories), self.tokens[rows])
 
 
 class ItemEncoder(nn.Module):
@@ -78,20 +33,18 @@ class ItemEncoder(nn.Module):
             for parameter in self.categories.parameters():
                 parameter.normal_(std=0.3 * width**-0.5)
                 parameter[0] = 0
-        self.text: nn.Module | None = None
-        if sizes.text != "none":
-            self.text = (TextConvolution if sizes.text == "cnn" else TextRecurrence)(sizes.words, width)
+        self.text = build_content_encoder(sizes) if sizes.text != NO_TEXT else None
 
     def forward(self, items: ItemBatch) -> Tensor:
         """Unit vectors [M, D]."""
         ids = items.ids
         if self.training and self.sizes.has_content and self.sizes.id_dropout > 0:
-            ids = torch.where(torch.rand(ids.shape) < self.sizes.id_dropout, 0, ids)
+            ids = torch.where(torch.rand(ids.shape, device=ids.device) < self.sizes.id_dropout, 0, ids)
         total = self.ids(ids)
         if self.numbers is not None:
             total = total + self.numbers(items.numbers)
         for embedding, values in zip(self.categories, items.categories, strict=True):
             total = total + embedding(values).sum(1) / (values > 0).sum(1, keepdim=True).clamp_min(1).sqrt()
         if self.text is not None and items.tokens.shape[1]:
-            total = total + self.text(items.tokens)
+            total = total + self.text(items)
         return functional.normalize(total, dim=1)

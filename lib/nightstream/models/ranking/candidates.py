@@ -1,4 +1,4 @@
-"""What every source says of a catalogue, and the items that it puts forward for each user."""
+"""What the encoders and every source say of a catalogue, and the items that they put forward for each user."""
 
 from __future__ import annotations
 
@@ -10,52 +10,37 @@ import torch
 from scipy import sparse
 
 from nightstream.models.arrays import Catalogue, Windows
-from nightstream.models.ranking.candidate_sources import Sources, strongest_columns
+from nightstream.models.ranking.candidate_sources import Sources
+from nightstream.models.ranking.sources.base import Candidates, CatalogueView
 from nightstream.models.ranking.topk import best_unordered, exclude, unit
 
 ENSEMBLE_CANDIDATES = 60
-
-
 MEMBER_CANDIDATES = 30
 
 
-OTHER_CANDIDATES = 30
+@dataclass(frozen=True)
+class ItemScores:
+    """What a source says of the catalogue whoever asks. scores: float32 [M]. order: int64 [M], columns from the
+    greatest score down, of equals the lower first."""
 
-
-POPULAR_CANDIDATES = 15
+    scores: np.ndarray
+    order: np.ndarray
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(CatalogueView):
     """What a catalogue of M items and a model have in common, computed once.
 
-    to_vocabulary: int64 [M + 1], vocabulary row of each catalogue row, 0 for an item the model has not met.
-    from_vocabulary: int64 [V + 1], catalogue column of each vocabulary row, −1 for an item that is not in it.
     withdrawn: int64 [W], columns of the items that are not available. padded_members: float32 [M + 1, D_m] per ensemble
-    member, unit vectors, row 0 zero. names, weights: of the members. log_popularity, log_trend: float32 [M], of shares
-    plus the floor. by_popularity, by_trend: int64 [M], columns from the greatest share down.
+    member, unit vectors, row 0 zero. names, weights: of the members. item_scores: of the sources that have them.
     """
 
     catalogue: Catalogue
-    to_vocabulary: np.ndarray
-    from_vocabulary: np.ndarray
     withdrawn: np.ndarray
     names: tuple[str, ...]
     weights: tuple[float, ...]
     padded_members: tuple[np.ndarray, ...]
-    log_popularity: np.ndarray
-    log_trend: np.ndarray
-    by_popularity: np.ndarray
-    by_trend: np.ndarray
-    floor: np.float32
-
-    def columns(self, scores: sparse.csr_matrix) -> sparse.csr_matrix:
-        """CSR [B, M] from [B, V + 1]: scores by vocabulary row as scores by catalogue column, in ascending columns."""
-        columns = self.from_vocabulary[scores.indices]
-        owner = np.repeat(np.arange(scores.shape[0]), np.diff(scores.indptr))
-        here = columns >= 0
-        parts = (scores.data[here], (owner[here], columns[here]))
-        return sparse.csr_matrix(parts, (scores.shape[0], len(self.catalogue)))
+    item_scores: dict[str, ItemScores]
 
 
 def prepare(
@@ -64,7 +49,14 @@ def prepare(
     members: Sequence[tuple[str, int, float]],
     sources: Sources,
 ) -> Prepared:
-    """members: name, width and weight of each, in the order of the vectors' columns."""
+    """The catalogue as a model sees it.
+
+    Args:
+        catalogue: M items.
+        row_of: Vocabulary row of each item id.
+        members: Name, width and weight of each, in the order of the vectors' columns.
+        sources: Of the model.
+    """
     rows = np.fromiter((row_of.get(i, 0) for i in catalogue.item_ids), np.int64, len(catalogue))
     to_vocabulary = np.concatenate([[0], rows])
     tables = []
@@ -77,38 +69,48 @@ def prepare(
     from_vocabulary[rows] = np.arange(len(rows))
     from_vocabulary[0] = -1
     floor = np.float32(0.1 / max(1, len(catalogue)))
-    popularity, trend = (np.where(rows > 0, s[rows], 0) for s in (sources.popularity, sources.trend))
+    popularity = np.where(rows > 0, sources.popularity[rows], 0)
+    log_popularity = np.log(popularity + floor).astype(np.float32)
+    view = CatalogueView(to_vocabulary, from_vocabulary, sources.popularity, floor, log_popularity, sources.recency)
+    item_scores = {}
+    for name, source in sources.fitted.items():
+        scores = source.item_scores(view)
+        if scores is not None:
+            item_scores[name] = ItemScores(scores, np.argsort(-scores, kind="stable"))
     return Prepared(
-        catalogue,
-        to_vocabulary,
-        from_vocabulary,
-        np.flatnonzero(~catalogue.available),
-        tuple(name for name, _, _ in members),
-        tuple(weight for _, _, weight in members),
-        tuple(tables),
-        np.log(popularity + floor).astype(np.float32),
-        np.log(trend + floor).astype(np.float32),
-        np.argsort(-popularity, kind="stable"),
-        np.argsort(-trend, kind="stable"),
-        floor,
+        **vars(view),
+        catalogue=catalogue,
+        withdrawn=np.flatnonzero(~catalogue.available),
+        names=tuple(name for name, _, _ in members),
+        weights=tuple(weight for _, _, weight in members),
+        padded_members=tuple(tables),
+        item_scores=item_scores,
     )
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What is known of every catalogue item before candidates are chosen.
+    """What is known of every catalogue item for B users before candidates are chosen.
 
-    ensemble, members: float32 [B, M], cosines; −inf at what a user may not get. covisitation, knn: CSR [B, M].
+    ensemble, members: float32 [B, M], cosines; −inf at what a user may not get. sources: CSR [B, M] of the sources that
+    have user_scores.
     """
 
     ensemble: np.ndarray
     members: tuple[np.ndarray, ...]
-    covisitation: sparse.csr_matrix
-    knn: sparse.csr_matrix
+    sources: dict[str, sparse.csr_matrix]
 
 
 def score_block(windows: Windows, vectors: np.ndarray, table: Prepared, sources: Sources, full: bool) -> Scores:
-    """vectors: [B, D] user vectors. full: whether the ranker's sources are wanted too (they stay empty otherwise)."""
+    """What is known of every item for the users of one block.
+
+    Args:
+        windows: Of B users.
+        vectors: float32 [B, D], user vectors.
+        table: The catalogue as the model sees it.
+        sources: Of the model.
+        full: Whether what the ranker reads is wanted too: members and sources stay empty otherwise.
+    """
 
     def cosines(users: np.ndarray, items: np.ndarray) -> np.ndarray:
         # numpy's BLAS has threads of its own, which get into each other's way where blocks are computed side by side.
@@ -119,37 +121,90 @@ def score_block(windows: Windows, vectors: np.ndarray, table: Prepared, sources:
 
     ensemble = cosines(vectors, table.catalogue.vectors)
     if not full:
-        nothing = sparse.csr_matrix(ensemble.shape, dtype=np.float32)
-        return Scores(ensemble, (), nothing, nothing)
+        return Scores(ensemble, (), {})
     members = []
     start = 0
     for padded in table.padded_members:
         width = padded.shape[1]
         members.append(cosines(unit(vectors[:, start : start + width]), padded[1:]))
         start += width
-    known = table.to_vocabulary[windows.items]
-    neighbours = (table.columns(sources.neighbour_scores(known, m)) for m in (sources.covisitation, sources.knn))
-    return Scores(ensemble, tuple(members), *neighbours)
+    said = {name: source.user_scores(table, windows) for name, source in sources.fitted.items()}
+    return Scores(ensemble, tuple(members), {name: scores for name, scores in said.items() if scores is not None})
 
 
-def candidates(scores: Scores, table: Prepared, k: int) -> np.ndarray:
-    """int64 [B, C] columns in ascending order, −1 at duplicates and at what a user may not get.
+def candidates(scores: Scores, table: Prepared, sources: Sources, k: int) -> np.ndarray:
+    """The items that the encoders and each source put forward.
 
-    At least k of them come by the ensemble alone, so that no list is shorter than it could be.
+    Args:
+        scores: Of the full kind, for B users.
+        table: The catalogue as the model sees it.
+        sources: Of the model.
+        k: Length of a list: at least k candidates come by the ensemble alone, so that no list is shorter than it could
+            be.
+
+    Returns:
+        int64 [B, C] catalogue columns in ascending order, −1 at duplicates and at what a user may not get.
     """
     items = scores.ensemble.shape[1]
     parts = [best_unordered(scores.ensemble, min(max(k, ENSEMBLE_CANDIDATES), items))]
     if len(scores.members) > 1:
         parts += [best_unordered(s, min(MEMBER_CANDIDATES, items)) for s in scores.members]
-    for order in (table.by_popularity, table.by_trend):
-        parts.append(_first_eligible(order, scores.ensemble, min(POPULAR_CANDIDATES, items)))
-    for values in (scores.covisitation, scores.knn):
-        parts.append(strongest_columns(values, scores.ensemble > -np.inf, min(OTHER_CANDIDATES, items)))
+    for name, source in sources.fitted.items():
+        limit = min(source.limit, items)
+        if name in table.item_scores:
+            parts.append(_first_eligible(table.item_scores[name].order, scores.ensemble, limit))
+        elif name in scores.sources:
+            parts.append(strongest_columns(scores.sources[name], scores.ensemble > -np.inf, limit))
     columns = np.sort(np.concatenate(parts, 1), axis=1)
     repeated = np.zeros_like(columns, dtype=bool)
     repeated[:, 1:] = columns[:, 1:] == columns[:, :-1]
     left_out = repeated | (columns < 0) | np.isneginf(np.take_along_axis(scores.ensemble, columns, 1))
     return np.where(left_out, -1, columns)
+
+
+def as_source_sees(name: str, columns: np.ndarray, scores: Scores, table: Prepared, windows: Windows) -> Candidates:
+    """The candidates, with what one source says of them.
+
+    Args:
+        name: Of the source.
+        columns: int64 [B, C], of the catalogue, −1 where there is none.
+        scores: Of the full kind, for the same B users.
+        table: The catalogue as the model sees it.
+        windows: Of the same users.
+    """
+    at = np.maximum(columns, 0)
+    if name in table.item_scores:
+        own = table.item_scores[name].scores[at]
+    elif name in scores.sources:
+        users = np.repeat(np.arange(len(at)), at.shape[1])
+        own = np.asarray(scores.sources[name][users, at.ravel()]).reshape(at.shape)
+    else:
+        own = np.zeros(at.shape, np.float32)
+    return Candidates(table, windows, at, columns >= 0, own)
+
+
+def strongest_columns(matrix: sparse.csr_matrix, eligible: np.ndarray, count: int) -> np.ndarray:
+    """The columns of the greatest entries above 0 of each row; of equals the lower, so that a row's result is its own.
+
+    Args:
+        matrix: CSR [B, M].
+        eligible: bool [B, M].
+        count: Columns per row.
+
+    Returns:
+        int64 [B, count], in any order, −1 where there are no more.
+    """
+    owner = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+    kept = (matrix.data > 0) & eligible[owner, matrix.indices]
+    owner, columns, values = owner[kept], matrix.indices[kept], matrix.data[kept]
+    order = np.lexsort((columns, -values, owner))
+    owner, columns = owner[order], columns[order]
+    starts = np.searchsorted(owner, np.arange(matrix.shape[0]))
+    place = np.arange(len(owner)) - starts[owner]
+    out = np.full((matrix.shape[0], count), -1)
+    first = place < count
+    out[owner[first], place[first]] = columns[first]
+    return out
 
 
 def _first_eligible(order: np.ndarray, scores: np.ndarray, size: int) -> np.ndarray:

@@ -1,104 +1,98 @@
-"""What the ranker reads of a candidate: the columns, their names, and whose reason each of them is."""
+"""What the ranker reads of a candidate: the features, their names, and whose reason each of them is."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import numpy as np
-from scipy import sparse
 
 from nightstream.models.arrays import Windows
 from nightstream.models.ranking.candidate_sources import Sources
-from nightstream.models.ranking.candidates import Prepared, Scores
-from nightstream.models.ranking.strategies import STRATEGIES
+from nightstream.models.ranking.candidates import Prepared, Scores, as_source_sees
+from nightstream.models.ranking.sources.base import Feature, highest, place
+from nightstream.models.ranking.sources.registry import SOURCES
+from nightstream.models.ranking.strategies import SEQUENCE, known_strategies
 from nightstream.models.ranking.topk import unit
 
-COMMON_FEATURES = (
-    ("ensemble_cosine", "sequence"),
-    ("ensemble_gap", "sequence"),
-    ("ensemble_place", "sequence"),
-    ("last_cosine", "sequence"),
-    ("recent_cosine", "sequence"),
-    ("covisitation", "covisitation"),
-    ("covisitation_share", "covisitation"),
-    ("covisitation_place", "covisitation"),
-    ("knn", "covisitation"),
-    ("knn_share", "covisitation"),
-    ("knn_place", "covisitation"),
-    ("log_popularity", "popular"),
-    ("log_trend", "trending"),
-    ("segment_lift", "segment_popular"),
-    ("window_events", ""),
+ENSEMBLE_FEATURES = (
+    Feature("ensemble_cosine"),
+    Feature("ensemble_gap"),
+    Feature("ensemble_place"),
+    Feature("last_cosine", linear=True),
+    Feature("recent_cosine", linear=True),
 )
-
-
-MEMBER_FEATURES = (("cosine", "sequence"), ("gap", "sequence"), ("place", "sequence"))
-
-
-LINEAR_TERMS = (
-    ("covisitation_share", False),
-    ("covisitation_share", True),
-    ("knn_share", False),
-    ("knn_share", True),
-    ("log_popularity", False),
-    ("log_trend", False),
-    ("segment_lift", False),
-    ("last_cosine", False),
-    ("recent_cosine", False),
-)
-
-
-def feature_names(members: tuple[str, ...]) -> list[str]:
-    """Names of the ranker's columns, in order, for an ensemble of these members."""
-    return [n for n, _ in COMMON_FEATURES] + [f"{m}_{n}" for m in members for n, _ in MEMBER_FEATURES]
-
-
-def feature_groups(members: tuple[str, ...]) -> np.ndarray:
-    """int64 [F]: index into STRATEGIES of each column, −1 where a column is nobody's reason."""
-    names = [g for _, g in COMMON_FEATURES] + [g for _ in members for _, g in MEMBER_FEATURES]
-    return np.asarray([STRATEGIES.index(g) if g else -1 for g in names])
-
-
-def linear_terms(members: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Columns int64 [T] and whether their logarithm is meant, bool [T], of the linear part."""
-    terms = [(f"{m}_cosine", False) for m in members] + list(LINEAR_TERMS)
-    names = feature_names(members)
-    return np.asarray([names.index(n) for n, _ in terms]), np.asarray([log for _, log in terms])
-
-
+WINDOW_FEATURES = (Feature("window_events"),)
 RECENT_EVENTS = 8
 
 
+def _member_features(member: str) -> tuple[Feature, ...]:
+    return Feature(f"{member}_cosine", linear=True), Feature(f"{member}_gap"), Feature(f"{member}_place")
+
+
+@dataclass(frozen=True)
+class RankerFeatures:
+    """The columns that a ranker reads, for an ensemble of these members and these sources, by name."""
+
+    members: tuple[str, ...]
+    sources: tuple[str, ...]
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Of the F columns, in order."""
+        return [feature.name for feature, _ in self._columns()]
+
+    def groups(self) -> np.ndarray:
+        """int64 [F]: index into STRATEGIES of each column, −1 where a column is nobody's reason."""
+        place_of = {name: place for place, name in enumerate(known_strategies())}
+        return np.asarray([place_of.get(strategy, -1) for _, strategy in self._columns()])
+
+    def linear_terms(self) -> tuple[np.ndarray, np.ndarray]:
+        """Columns int64 [T] and whether their logarithm is meant, bool [T], of the linear part."""
+        members = [feature for member in self.members for feature in _member_features(member)]
+        ordered = (*members, *self._source_features(), *ENSEMBLE_FEATURES)
+        terms = [(f.name, log) for f in ordered for log, wanted in ((False, f.linear), (True, f.log)) if wanted]
+        return np.asarray([self.names.index(n) for n, _ in terms]), np.asarray([log for _, log in terms])
+
+    def _source_features(self) -> list[Feature]:
+        return [feature for name in self.sources for feature in SOURCES[name].features]
+
+    def _columns(self) -> list[tuple[Feature, str]]:
+        """Feature and strategy of each column; no strategy where a column is nobody's reason."""
+        columns = [(feature, SEQUENCE.name) for feature in ENSEMBLE_FEATURES]
+        columns += [(f, SOURCES[name].strategy.name) for name in self.sources for f in SOURCES[name].features]
+        columns += [(feature, "") for feature in WINDOW_FEATURES]
+        return columns + [(f, SEQUENCE.name) for member in self.members for f in _member_features(member)]
+
+
 def features(scores: Scores, table: Prepared, windows: Windows, sources: Sources, columns: np.ndarray) -> np.ndarray:
-    """float32 [B, C, F], in the order of ranking.feature_names; meaningless where columns are −1."""
+    """What the ranker reads of each candidate.
+
+    Args:
+        scores: Of the full kind, for B users.
+        table: The catalogue as the model sees it.
+        windows: Of the same users.
+        sources: Of the model.
+        columns: int64 [B, C], of the catalogue, −1 where there is no candidate.
+
+    Returns:
+        float32 [B, C, F], in the order of RankerFeatures.names; meaningless where columns are −1.
+    """
     valid = columns >= 0
     at = np.maximum(columns, 0)
-    users = np.repeat(np.arange(len(at)), at.shape[1])
 
-    def take(values: np.ndarray | sparse.csr_matrix) -> np.ndarray:
-        if isinstance(values, np.ndarray):
-            return np.where(valid, np.take_along_axis(values, at, 1), 0)
-        return np.asarray(values[users, at.ravel()]).reshape(at.shape)
+    def take(values: np.ndarray) -> np.ndarray:
+        return np.where(valid, np.take_along_axis(values, at, 1), 0)
 
-    def place(values: np.ndarray) -> np.ndarray:
-        order = np.argsort(-np.where(valid, values, -np.inf), axis=1, kind="stable")
-        places = np.empty_like(order)
-        np.put_along_axis(places, order, np.broadcast_to(np.arange(order.shape[1]), order.shape), 1)
-        return places
+    def cosine_features(values: np.ndarray) -> list[np.ndarray]:
+        return [values, highest(values, valid) - values, place(values, valid)]
 
-    def highest(values: np.ndarray) -> np.ndarray:
-        return np.asarray(np.where(valid, values, -np.inf).max(1, keepdims=True))
-
-    ensemble, covisitation, knn = take(scores.ensemble), take(scores.covisitation), take(scores.knn)
-    popularity = table.log_popularity[at]
-    segment = sources.segment_scores(windows.users, table.to_vocabulary[at + 1])
-    out = [ensemble, highest(ensemble) - ensemble, place(ensemble), *_cosines_to_window(table, windows, at)]
-    for values in (covisitation, knn):
-        out += [values, values / np.maximum(highest(values), 1e-12), place(values)]
-    out += [popularity, table.log_trend[at] - popularity]
-    out += [np.log(segment + table.floor) - popularity]
+    out = [*cosine_features(take(scores.ensemble)), *_cosines_to_window(table, windows, at)]
+    for name, source in sources.fitted.items():
+        out += source.values(as_source_sees(name, columns, scores, table, windows))
     out += [np.broadcast_to((windows.items > 0).sum(1, keepdims=True), at.shape)]
     for member in scores.members:
-        values = take(member)
-        out += [values, highest(values) - values, place(values)]
+        out += cosine_features(take(member))
     return np.stack([np.asarray(o, np.float32) for o in out], 2)
 
 

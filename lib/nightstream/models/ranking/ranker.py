@@ -13,7 +13,7 @@ import xgboost as xgb
 
 from nightstream.errors import ArtifactError
 from nightstream.models.ranking.linear_ranker import Linear, fit_linear
-from nightstream.models.ranking.rank_features import feature_names, linear_terms
+from nightstream.models.ranking.rank_features import RankerFeatures
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,9 @@ class LabelledGroups:
 class Ranker:
     """A linear part and a booster; both look at each row alone, so the split into batches does not matter."""
 
-    def __init__(self, booster: xgb.Booster, linear: Linear, members: tuple[str, ...]) -> None:
+    def __init__(self, booster: xgb.Booster, linear: Linear) -> None:
         self.booster = booster
         self.linear = linear
-        self.members = members
         self.booster.set_param({"nthread": 1})
 
     def score(self, features: np.ndarray) -> np.ndarray:
@@ -79,27 +78,35 @@ class Ranker:
         return bytes(self.booster.save_raw("ubj"))
 
     @classmethod
-    def from_bytes(cls, data: bytes, members: tuple[str, ...]) -> Ranker:
-        """ArtifactError for anything but a booster of these members."""
+    def from_bytes(cls, data: bytes, reads: RankerFeatures) -> Ranker:
+        """ArtifactError for anything but a booster of these features."""
         try:
             booster = xgb.Booster(model_file=bytearray(data))
             columns = booster.num_features()
         except xgb.core.XGBoostError as error:
             raise ArtifactError("the ranker is not a readable XGBoost model") from error
-        if columns != len(feature_names(members)):
-            raise ArtifactError(f"the ranker has {columns} features, its model {len(feature_names(members))}")
-        return cls(booster, Linear.from_json(booster.attr("linear") or ""), members)
+        if columns != len(reads.names):
+            raise ArtifactError(f"the ranker has {columns} features, its model {len(reads.names)}")
+        return cls(booster, Linear.from_json(booster.attr("linear") or ""))
 
 
 def train_ranker(
-    train: LabelledGroups, valid: LabelledGroups, members: tuple[str, ...], sizes: RankerSizes, seed: int
+    train: LabelledGroups, valid: LabelledGroups, reads: RankerFeatures, sizes: RankerSizes, seed: int
 ) -> Ranker | None:
-    """A ranker for NDCG@10, its trees stopped early on `valid`; None if there is no group to learn or stop by."""
+    """A ranker for NDCG@10, its trees stopped early on `valid`; None if there is no group to learn or stop by.
+
+    Args:
+        train: What it learns from.
+        valid: What stops the trees.
+        reads: The features of both, in order.
+        sizes: Of the trees.
+        seed: Of the sampling of rows and columns.
+    """
     train, valid = train.with_target(), valid.with_target()
     if not len(train.sizes) or not len(valid.sizes):
         return None
 
-    linear = fit_linear(train.features, train.labels, train.sizes, *linear_terms(members))
+    linear = fit_linear(train.features, train.labels, train.sizes, *reads.linear_terms())
 
     def matrix(groups: LabelledGroups) -> xgb.DMatrix:
         margin = linear.score(groups.features)
@@ -128,4 +135,4 @@ def train_ranker(
         early_stopping_rounds=sizes.patience,
         verbose_eval=False,
     )
-    return Ranker(booster[: booster.best_iteration + 1], linear, members)
+    return Ranker(booster[: booster.best_iteration + 1], linear)

@@ -6,17 +6,24 @@ import numpy as np
 
 from nightstream.models.arrays import Lists, Windows
 from nightstream.models.ranking.candidate_sources import Sources
-from nightstream.models.ranking.candidates import Prepared, Scores
-from nightstream.models.ranking.rank_features import RECENT_EVENTS, feature_groups
+from nightstream.models.ranking.candidates import Prepared, Scores, as_source_sees
+from nightstream.models.ranking.rank_features import RECENT_EVENTS, RankerFeatures
 from nightstream.models.ranking.ranker import Ranker
-from nightstream.models.ranking.strategies import STRATEGIES
+from nightstream.models.ranking.sources.segments import Segments
+from nightstream.models.ranking.sources.shares import Popularity
+from nightstream.models.ranking.strategies import CONTENT, SEQUENCE, STRATEGIES, known_strategies
 
 
 def strongest_group(contributions: np.ndarray, groups: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-    """int64 [N]: the strategy whose features added most to a score.
+    """The strategy whose features added most to a score.
 
-    contributions: float32 [N, F], what each feature added. groups: int [F], index into STRATEGIES, −1 for features
-    that are nobody's reason. allowed: bool [N, len(STRATEGIES)]: a strategy that does not know the item is no reason.
+    Args:
+        contributions: float32 [N, F], what each feature added.
+        groups: int [F], index into STRATEGIES, −1 for features that are nobody's reason.
+        allowed: bool [N, len(STRATEGIES)]: a strategy that does not know the item is no reason.
+
+    Returns:
+        int64 [N], index into STRATEGIES.
     """
     totals = np.full((len(contributions), len(STRATEGIES)), -np.inf, np.float64)
     for strategy in range(len(STRATEGIES)):
@@ -37,9 +44,6 @@ def strongest_event(weights: np.ndarray) -> np.ndarray:
     newest_first = weights[:, ::-1]
     place = length - 1 - newest_first.argmax(1)
     return np.where(weights.max(1) > 0, place, -1)
-
-
-SEQUENCE, COVISITATION, CONTENT, POPULAR, TRENDING, SEGMENT = range(len(STRATEGIES))
 
 
 def explain(
@@ -65,28 +69,26 @@ def explain(
     rows, places = np.nonzero(lists.rows)
     if not len(rows):
         return
+    index = {name: place for place, name in enumerate(known_strategies())}
     chosen = lists.rows[rows, places].astype(np.int64)
-    segment = sources.segment_scores(windows.users, table.to_vocabulary[lists.rows])[rows, places]
     cold = table.to_vocabulary[chosen] == 0
     with_window = np.asarray((windows.items > 0).any(1))[rows]
-    strategy = np.where(cold, CONTENT, SEQUENCE)
+    strategy = np.where(cold, index[CONTENT.name], index[SEQUENCE.name])
     if ranker is not None and values is not None:
         used = np.flatnonzero(with_window)
         contributions = ranker.contributions(values[rows[used], places[used]])
-        known = table.to_vocabulary[chosen[used]]
-        allowed = np.ones((len(used), len(STRATEGIES)), bool)
-        at = (rows[used], chosen[used] - 1)
-        together = [np.asarray(s[at]).ravel() for s in (scores.covisitation, scores.knn)]
-        allowed[:, COVISITATION] = (together[0] > 0) | (together[1] > 0)
-        allowed[:, POPULAR] = sources.popularity[known] > 0
-        allowed[:, TRENDING] = sources.trend[known] > sources.popularity[known]
-        allowed[:, SEGMENT] = segment[used] > sources.popularity[known]
-        allowed[:, CONTENT] = False
-        found = strongest_group(contributions, feature_groups(table.names), allowed)
-        strategy[used] = np.where((found == SEQUENCE) & cold[used], CONTENT, found)
+        allowed = np.zeros((len(used), len(index)), bool)
+        allowed[:, index[SEQUENCE.name]] = True
+        for name, source in sources.fitted.items():
+            listed = as_source_sees(name, lists.rows - 1, scores, table, windows)
+            allowed[:, index[source.strategy.name]] |= source.may_explain(listed)[rows[used], places[used]]
+        found = strongest_group(contributions, RankerFeatures(table.names, sources.names).groups(), allowed)
+        strategy[used] = np.where((found == index[SEQUENCE.name]) & cold[used], index[CONTENT.name], found)
     without = ~with_window
+    segment = sources.segment_scores(windows.users, table.to_vocabulary[lists.rows])[rows, places]
     liked = segment > sources.popularity[table.to_vocabulary[chosen]]
-    strategy = np.where(without, np.where(liked, SEGMENT, POPULAR), strategy)
+    by_share = np.where(liked, index[Segments.strategy.name], index[Popularity.strategy.name])
+    strategy = np.where(without, by_share, strategy)
     lists.strategies[rows, places] = strategy
     lists.because[rows, places] = _because(rows, chosen, strategy, windows, table, sources)
 
@@ -94,21 +96,24 @@ def explain(
 def _because(
     rows: np.ndarray, chosen: np.ndarray, strategy: np.ndarray, windows: Windows, table: Prepared, sources: Sources
 ) -> np.ndarray:
-    """int32 [N]: the window item that a reason names. For co-visitation the event that adds most to the neighbour
-    score, exactly; for the vectors the recent event most similar to the item in the space that scored it."""
+    """int32 [N]: the window item that a reason names. For a source the event that adds most to its score, exactly; for
+    the vectors the recent event most similar to the item in the space that scored it."""
     out = np.zeros(len(rows), np.int32)
-    pick = np.flatnonzero(strategy == COVISITATION)
-    if len(pick):
-        events = windows.items[rows[pick]]
-        known, target = table.to_vocabulary[events], table.to_vocabulary[chosen[pick]]
-        flat, repeated = known.ravel(), np.repeat(target, known.shape[1])
-        strength = [np.asarray(m[flat, repeated]).reshape(known.shape) for m in (sources.covisitation, sources.knn)]
-        # The two neighbour lists have different units: each counts relative to its own sum over the window.
-        weights = sources.window_weights(known)
-        shares = [s * weights / np.maximum((s * weights).sum(1, keepdims=True), 1e-12) for s in strength]
-        place = strongest_event(np.asarray(shares[0] + shares[1]))
-        out[pick] = np.where(place >= 0, events[np.arange(len(pick)), place], 0)
-    pick = np.flatnonzero((strategy == SEQUENCE) | (strategy == CONTENT))
+    names = np.asarray(list(known_strategies()))[strategy]
+    for name in {source.strategy.name for source in sources.fitted.values()}:
+        pick = np.flatnonzero(names == name)
+        if len(pick):
+            weights = [
+                found
+                for source in sources.fitted.values()
+                if source.strategy.name == name
+                and (found := source.because(table, windows, rows[pick], chosen[pick] - 1)) is not None
+            ]
+            if weights:
+                events = windows.items[rows[pick]]
+                place = strongest_event(np.sum(weights, 0))
+                out[pick] = np.where(place >= 0, events[np.arange(len(pick)), place], 0)
+    pick = np.flatnonzero((names == SEQUENCE.name) | (names == CONTENT.name))
     if len(pick):
         events = windows.items[rows[pick]][:, -RECENT_EVENTS:]
         closeness = np.zeros(events.shape, np.float32)

@@ -38,7 +38,7 @@ def recommend_block(
     scores = score_block(windows, vectors, table, sources, ranker is not None)
     values: np.ndarray | None = None
     if ranker is not None and has_window.any():
-        columns = candidates(scores, table, k)
+        columns = candidates(scores, table, sources, k)
         values = features(scores, table, windows, sources, columns)
         valid = (columns >= 0) & has_window[:, None]
         ranked = np.full(columns.shape, -np.inf, np.float32)

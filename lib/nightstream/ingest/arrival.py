@@ -1,0 +1,91 @@
+"""The payload rows of one call, as they arrived: how many are what, and when they came."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+
+from nightstream.store.materialize import Cut
+
+# Up to so many rows of a batch, their ids (some 50 bytes each) go to every task instead of shuffling `events`.
+_BROADCAST_ROWS = 200_000
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def totals(retraction_type: str) -> dict[str, Column]:
+    """What `Arrival.of` must know of all rows, as aggregates over them."""
+    return {
+        "raw": F.count(F.lit(1)),
+        "quarantine": F.count("reason"),
+        "retractions": F.count_if(F.col("event_type") == retraction_type),
+        "first_arrival": F.min(F.unix_micros("arrival_time")),
+        "last_arrival": F.max(F.unix_micros("arrival_time")),
+        "oldest_event": F.min(F.unix_micros("event_time")),
+        "newest_event": F.max(F.unix_micros("event_time")),
+    }
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """Rows of parse.parse with their raw_id, cut off.
+
+    rows: all of them. table: the same, where they are on the driver.
+    raw, quarantine, retractions: how many rows, rejected ones, and retractions.
+    arrival_span: microseconds since the epoch of the first and the last arrival; None where no row tells.
+    first_arrival, last_arrival, oldest_event, newest_event: UTC; None where no row has such a time.
+    """
+
+    rows: DataFrame
+    table: pa.Table | None
+    raw: int
+    quarantine: int
+    retractions: int
+    arrival_span: tuple[int, int] | None
+    first_arrival: datetime | None
+    last_arrival: datetime | None
+    oldest_event: datetime | None
+    newest_event: datetime | None
+
+    @classmethod
+    def of(cls, cut: Cut) -> Arrival:
+        """cut: with the `totals`."""
+        told = cut.totals
+        first, last = told["first_arrival"], told["last_arrival"]
+        times = (_time(told[n]) for n in ("first_arrival", "last_arrival", "oldest_event", "newest_event"))
+        span = None if first is None else (first, last)
+        return cls(cut.rows, cut.table, told["raw"], told["quarantine"], told["retractions"], span, *times)
+
+    @property
+    def valid(self) -> int:
+        """How many rows tell a valid event."""
+        return self.raw - self.quarantine
+
+    @property
+    def rejected_rows(self) -> DataFrame:
+        return self.rows.where(F.col("reason").isNotNull())
+
+    @property
+    def valid_rows(self) -> DataFrame:
+        return self.rows.where(F.col("reason").isNull())
+
+    @property
+    def valid_table(self) -> pa.Table | None:
+        """`valid_rows`, where they are on the driver."""
+        return None if self.table is None else self.table.filter(pc.is_null(self.table["reason"]))
+
+    @property
+    def is_small(self) -> bool:
+        return self.raw <= _BROADCAST_ROWS
+
+    def broadcast(self, rows: DataFrame) -> DataFrame:
+        """The rows, of which there are about as many as arrived; with a hint to broadcast them where those are few."""
+        return F.broadcast(rows) if self.is_small else rows
+
+
+def _time(micros: int | None) -> datetime | None:
+    return None if micros is None else _EPOCH + timedelta(microseconds=micros)

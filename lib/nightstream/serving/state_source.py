@@ -1,0 +1,158 @@
+"""Where the states of a micro-batch's users come from, and with that where these users are refreshed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from nightstream.ingest.history import foldable
+from nightstream.ingest.ledger import Recorded
+from nightstream.models.bundle import Payload
+from nightstream.runtime.settings import Settings
+from nightstream.serving import commits
+from nightstream.serving.batch_layer import refresher
+from nightstream.serving.refresh import NO_EVENTS, NOBODY, STATE_COLUMNS, refresh, unfolded
+from nightstream.serving.state_cache import KnownUsers
+from nightstream.store.materialize import Cut
+from nightstream.store.storage import Storage
+from nightstream.store.tables import EVENTS, SEEN_OVERFLOW, USER_VECTORS, USERS
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question for what is known of some users (string [B]), and its answer, see KnownUsers.of."""
+
+    users: pa.Array
+    answer: Future[tuple[pa.Table, pa.Table, pa.Table | None]]
+
+
+@dataclass(frozen=True)
+class Touched:
+    """Whom a micro-batch refreshes.
+
+    recorded: what was booked of it; its users are refreshed. behind: user_id of others that are refreshed along with
+    them; None for nobody. asked: what `DriverStates.ask_ahead` was asked when the rows had just arrived.
+    """
+
+    recorded: Recorded
+    behind: Cut | None
+    asked: Asked | None = None
+
+    def users(self) -> pa.Array | None:
+        """string [B], distinct; None where not all of them are on the driver."""
+        events, behind = self.recorded.accepted_table, self.behind
+        if (events is None and self.recorded.accepted is not None) or (behind is not None and behind.table is None):
+            return None
+        named = [t["user_id"] for t in (events, None if behind is None else behind.table) if t is not None]
+        return pc.unique(pa.chunked_array([c for column in named for c in column.chunks], pa.string()))
+
+
+class StateSource(Protocol):
+    """Gives the users of a micro-batch their states, and refreshes them there."""
+
+    def takes(self, touched: Touched) -> bool:
+        """Whether it can refresh all of them."""
+
+    def refresh(self, touched: Touched, payload: Payload) -> Cut:
+        """REFRESHED rows under the payload's model, one per touched user, computed now; see commits.settled."""
+
+
+class DriverStates:
+    """States at hand in this process, which has the model, too: of few users, none of whom is to be folded again."""
+
+    def __init__(
+        self, storage: Storage, settings: Settings, known_users: KnownUsers, pending: Callable[[], list[Cut]]
+    ) -> None:
+        """pending: gives the commits that USER_VECTORS may lack."""
+        self.storage, self.settings = storage, settings
+        self.known_users, self.pending = known_users, pending
+        self._pool = ThreadPoolExecutor(1, "ask")
+
+    def ask_ahead(self, arriving: Cut) -> Asked | None:
+        """Ask for the users of the arriving rows, while it is found out which rows are new. None for too many."""
+        if arriving.table is None:
+            return None
+        users = pc.unique(arriving.table["user_id"].drop_null())
+        return self._ask(users, arriving.table.num_rows) if 0 < len(users) <= commits.LOCAL_USERS else None
+
+    def takes(self, touched: Touched) -> bool:
+        users = touched.users()
+        if users is None or touched.recorded.refold_users is not None:
+            return False
+        return len(users) <= commits.LOCAL_USERS
+
+    def refresh(self, touched: Touched, payload: Payload) -> Cut:
+        spark, users, asked = self.storage.spark, touched.users(), touched.asked
+        assert users is not None
+        if not len(users):
+            return commits.settled_table(spark, NOBODY)
+        events = touched.recorded.accepted_table
+        if asked is None or not pc.all(pc.is_in(users, value_set=asked.users)).as_py():
+            asked = self._ask(users, 0 if events is None else events.num_rows)
+        states, described, older = asked.answer.result()
+        states = states.filter(pc.is_in(states["user_id"], value_set=users))
+        if events is None:
+            events = NO_EVENTS
+        refreshed = refresher(self.settings, payload, os.cpu_count() or 1)(states, events, described, older)
+        return commits.settled_table(spark, refreshed)
+
+    def close(self) -> None:
+        """Ask nothing more."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _ask(self, users: pa.Array, events: int) -> Asked:
+        """events: how many more of them the states may take up."""
+        pending, room = self.pending(), self.settings.window.seen_limit - events
+        return Asked(users, self._pool.submit(self.known_users.of, users, pending, room))
+
+
+class ExecutorStates:
+    """States in the tables: of any number of users, some of them folded again over their whole history."""
+
+    def __init__(self, storage: Storage, settings: Settings, pending: Callable[[], list[Cut]]) -> None:
+        """pending: gives the commits that USER_VECTORS may lack."""
+        self.storage, self.settings, self.pending = storage, settings, pending
+
+    def takes(self, touched: Touched) -> bool:
+        return True
+
+    def refresh(self, touched: Touched, payload: Payload) -> Cut:
+        recorded, behind = touched.recorded, None if touched.behind is None else touched.behind.rows
+        return commits.settled(self._refreshed(recorded, behind, payload))
+
+    def _refreshed(self, recorded: Recorded, behind: DataFrame | None, payload: Payload) -> DataFrame:
+        storage, pending = self.storage, self.pending()
+        history = foldable(storage.read(EVENTS), self.settings.events.retraction_type)
+        events = recorded.accepted if recorded.accepted is not None else history.limit(0)
+        touched = events.select("user_id")
+        if behind is not None:
+            touched = touched.unionByName(behind)
+        refold = recorded.refold_users
+        if refold is not None:
+            recorded.written()
+            refold = F.broadcast(refold)
+            again = history.join(refold, "user_id", "left_semi")
+            events = events.join(refold, "user_id", "left_anti").unionByName(again.select(*events.columns))
+            touched = touched.unionByName(refold)
+        touched = F.broadcast(touched.distinct())
+        known = storage.read(USER_VECTORS).select(*STATE_COLUMNS).join(touched, "user_id", "left_semi")
+        if pending:
+            newer = commits.newest_committed(storage, pending).rows.select(*STATE_COLUMNS)
+            known = commits.newest([known, newer.join(touched, "user_id", "left_semi")])
+        if refold is not None:
+            kept = known.join(refold, "user_id", "left_anti")
+            known = kept.unionByName(unfolded(known.join(refold, "user_id", "left_semi")))
+        users, overflow = storage.read_or_empty(USERS).join(touched, "user_id", "left_semi"), None
+        if storage.exists(SEEN_OVERFLOW):
+            # Of those that are folded again it may hold events that have been taken back.
+            folded_on = touched if refold is None else touched.join(refold, "user_id", "left_anti")
+            overflow = storage.read(SEEN_OVERFLOW).join(folded_on, "user_id", "left_semi")
+        return refresh(known, events, users, overflow, refresher(self.settings, payload))
