@@ -6,8 +6,10 @@ import math
 import random
 from datetime import UTC, datetime, timedelta
 
+import numpy as np
 import pytest
 from nightstream.evaluation import offline
+from nightstream.models import ranking_metrics
 from nightstream.store.tables import EVENTS
 from nightstream.training import splits
 from pyspark.sql import functions as F
@@ -134,3 +136,21 @@ def test_scores_of_known_ranks(spark):
     written = offline.predictions(frame)
     assert written.columns == ["user_id", "target_item_id", "event_time", "delay_s", "rank", "item_id", "score"]
     assert written.count() == 43
+
+
+def test_gains_and_scores_in_spark_are_those_of_ranking_metrics(spark):
+    """A target at every rank, the length of the list and no rank included."""
+    ranks = np.arange(offline.LIST_LENGTH + 1)
+    items = [(n, f"i{n}", 0.5) for n in ranks[1:].tolist()]
+    rows = [(f"u{rank:02}", f"i{rank}", EPOCH, 0.0, True, items) for rank in ranks.tolist()]
+    schema = (
+        "user_id string, target_item_id string, event_time timestamp, delay_s double, known boolean, "
+        "items array<struct<rank:int,item_id:string,score:double>>"
+    )
+    frame = spark.createDataFrame(rows, schema)
+    everyone = next(s for s in offline.scores(frame, 40) if s["users"] == "all")
+    for k in offline.CUTOFFS:
+        found = [r.gain for r in offline.gains(frame, k).orderBy("user_id").collect()]
+        assert found == ranking_metrics.gains(ranks, k).tolist()
+        assert everyone[f"ndcg@{k}"] == pytest.approx(ranking_metrics.ndcg(ranks, k), rel=1e-12)
+        assert everyone[f"hr@{k}"] == pytest.approx(ranking_metrics.hit_rate(ranks, k), rel=1e-12)

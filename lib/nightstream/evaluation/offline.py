@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
+from nightstream.models import ranking_metrics
 from nightstream.models.bundle import Payload
 from nightstream.serving.refresh import Refresher, refresh, unfolded
 from nightstream.serving.user_state import FoldRules
@@ -158,7 +160,7 @@ def predictions(rows: DataFrame) -> DataFrame:
 def scores(rows: DataFrame, catalogue_size: int) -> list[dict[str, Any]]:
     """HR and NDCG at CUTOFFS, and coverage, per delay for all users, known ones and unknown ones.
 
-    With one target per list, NDCG@k is 1 / log2(1 + rank) where rank <= k, else 0 (Järvelin and Kekäläinen, 2002).
+    With one target per list, NDCG@k is the mean of ranking_metrics.gains.
     coverage: share of the catalogue that stands in at least one of the lists (to LIST_LENGTH).
     """
     ranked = rows.withColumn("rank", _target_rank()).persist()
@@ -198,7 +200,9 @@ def _target_rank() -> Column:
 
 
 def _gain(rank: Column, k: int) -> Column:
-    return F.when(rank <= k, 1 / F.log2(1 + rank)).otherwise(0.0)
+    """ranking_metrics.gains of a rank, 0 where it is null."""
+    of_ranks = F.array(*[F.lit(gain) for gain in ranking_metrics.gains(np.arange(1, k + 1), k).tolist()])
+    return F.coalesce(F.get(of_ranks, rank - 1), F.lit(0.0))
 
 
 def _lists(queries: DataFrame, events: DataFrame, served: Lister) -> DataFrame:
