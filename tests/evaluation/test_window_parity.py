@@ -1,5 +1,5 @@
-"""A user's window and seen items just before an event: serving folds them, training
-indexes arrays. The two are equal, whatever was repeated, overtaken, retracted or cut."""
+"""A user's window and seen items just before an event: serving folds them, evaluation slices a history, training
+indexes arrays. The three are equal, whatever was repeated, overtaken, retracted or cut."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from learning_data import no_users
+from nightstream.evaluation import offline
+from nightstream.ingest.history import foldable, live
+from nightstream.ingest.resolve import NEW, resolve
 from nightstream.models.arrays import Sequences, Windows
 from nightstream.models.arrow import combined, rows_of
 from nightstream.models.features import Attributes, FeatureStatistics, Scale
 from nightstream.serving.refresh import windows_of
 from nightstream.serving.user_state import EVENT_COLUMNS, STATES, FoldRules, fold
-from nightstream.store.tables import EVENTS
-from nightstream.training import batching
+from nightstream.store.tables import EVENTS, ITEMS, USERS
+from nightstream.training import batching, spark_job
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
 
 EPOCH = datetime(2024, 1, 1, tzinfo=UTC)
 LENGTH, SEEN_LIMIT, IDS = 4, 3, 12
@@ -180,3 +186,81 @@ def test_what_training_learns_from_is_what_the_fold_serves(found: list[History])
         no_users(len(users)),
     )
     assert_same_windows(before_targets(users, sequences), arrays_of(served(users, arrow(kept))))
+
+
+class States:
+    """Answers with the state that a list would be made from."""
+
+    window_length = LENGTH
+
+    def __init__(self, users: DataFrame) -> None:
+        self.users = users
+
+    def lists(self, states: DataFrame, events: DataFrame, users: DataFrame) -> DataFrame:
+        window = F.transform("window", lambda e: F.struct(F.unix_micros(e.event_time), *[e[n] for n in EVENT_FIELDS]))
+        seen = F.transform("seen", lambda s: F.struct(F.unix_micros(s.event_time), s.item_id))
+        return states.select("user_id", F.struct(window.alias("window"), seen.alias("seen")).alias("items"))
+
+
+EVENT_FIELDS = ("event_id", "content_hash", "item_id", "event_type", "value")
+
+
+@dataclass
+class Captured(Exception):
+    sequences: Sequences
+
+
+def drawn(seed: int, count: int) -> list[History]:
+    """Histories by chance. Shrinking through hypothesis would start Spark jobs for each attempt."""
+    rng = random.Random(seed)
+    kinds = (*TYPES, *TYPES, OTHER_TYPE)
+    return [
+        History(
+            [(rng.randrange(IDS), rng.randrange(7), rng.randrange(3)) for _ in range(rng.randrange(21))],
+            [(rng.choice(ITEM_IDS), rng.choice(kinds)) for _ in range(IDS)],
+            set(rng.sample(range(IDS), rng.randrange(4))),
+            rng.randrange(1000),
+        )
+        for _ in range(count)
+    ]
+
+
+def test_all_three_are_equal_from_the_deliveries_on(spark, request) -> None:
+    """Training's arrays come out of its own job, evaluation's states out of its protocol."""
+    users = named(drawn(seed=14, count=100))
+    raw = spark.createDataFrame([r for u, history in users.items() for r in history.rows(u)], EVENTS.schema).persist()
+    distinct = resolve(raw, raw.limit(0)).where(F.col("outcome") == NEW).select(*EVENTS.schema.names)
+    consumed = live(distinct, RETRACTION).where(F.col("event_type").isin(*TYPES)).persist()
+    described = spark.createDataFrame([(u, {}, {}) for u in users], USERS.schema)
+
+    states = served(users, foldable(raw, RETRACTION).toArrow())
+    targets = [(history.consumed(u)[history.cut(u)][0],) for u, history in users.items()]
+    asked = spark.createDataFrame(targets, "event_id string")
+    sliced = {r.user_id: r["items"] for r in offline.before_each(consumed, asked, States(described)).collect()}
+    assert sliced.keys() == users.keys()
+    for state in states.to_pylist():
+        window, seen = sliced[state["user_id"]]
+        in_fold = [(micros(e["event_time"]), *(e[n] for n in EVENT_FIELDS)) for e in state["window"]]
+        assert [tuple(e) for e in window] == in_fold, state["user_id"]
+        newest = {item: at for at, item in sorted(tuple(s) for s in seen)}
+        kept = {s["item_id"]: micros(s["event_time"]) for s in state["seen"]}
+        assert newest.keys() == kept.keys() | set(state["older_seen"]), state["user_id"]
+        assert kept.items() <= newest.items(), state["user_id"]
+
+    def capture(sequences: Sequences, *_: Any, **__: Any) -> None:
+        raise Captured(sequences)
+
+    own = request.getfixturevalue("settings")
+    items = spark.createDataFrame([(i, None, None, {}, {}, True) for i in CATALOGUE.to_pylist()], ITEMS.schema)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spark_job, "fit_statistics", lambda *_: STATISTICS)
+        patch.setattr(spark_job, "learn", capture)
+        with pytest.raises(Captured) as stopped:
+            spark_job.fit(own, consumed.withColumn("role", F.lit(0).cast("byte")), items, described, "windows")
+    assert_same_windows(before_targets(users, stopped.value.sequences), arrays_of(states))
+    raw.unpersist()
+    consumed.unpersist()
+
+
+def micros(time: datetime) -> int:
+    return round((time - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds() * 1e6)
