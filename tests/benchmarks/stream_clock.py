@@ -18,7 +18,7 @@ from nightstream.monitoring.batch_report import BatchReport
 from nightstream.runtime import console
 from nightstream.runtime.settings import Settings
 from nightstream.serving import background_merge, commits
-from nightstream.serving.state_cache import KnownUsers
+from nightstream.serving.state_cache import StateCache
 from nightstream.steps import serve
 from nightstream.store.materialize import Cut
 from nightstream.store.storage import Storage
@@ -95,7 +95,7 @@ class Stream:
     def running(self) -> Iterator[Stream]:
         """The query runs inside; its commits and MERGEs are watched, not changed."""
         clock, started, stop = self.clock, threading.Event(), threading.Event()
-        commit, merge, fill = commits.commit, commits.merge, KnownUsers.start
+        commit, merge, fill = commits.commit, commits.merge, StateCache.start
 
         def watched_commit(*args: Any, **options: Any) -> Cut:
             clock.committed = commit(*args, **options)
@@ -108,7 +108,7 @@ class Stream:
                 clock.merges.append((time.monotonic(), time.monotonic() - begun))
                 clock.changed.notify_all()
 
-        def watched_fill(known: KnownUsers) -> Future[None]:
+        def watched_fill(known: StateCache) -> Future[None]:
             clock.filled = fill(known)
             return clock.filled
 
@@ -130,7 +130,7 @@ class Stream:
         with (
             mock.patch.object(commits, "commit", watched_commit),
             mock.patch.object(commits, "merge", watched_merge),
-            mock.patch.object(KnownUsers, "start", watched_fill),
+            mock.patch.object(StateCache, "start", watched_fill),
         ):
             thread = threading.Thread(target=work, name="stream")
             thread.start()

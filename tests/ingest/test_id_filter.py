@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 from nightstream.ingest import id_filter
-from nightstream.ingest.id_filter import HASHES, KnownIds, with_hashes
+from nightstream.ingest.id_filter import HASHES, IdFilter, with_hashes
 
 
 def hashes_of(spark, *ids):
@@ -12,7 +12,7 @@ def hashes_of(spark, *ids):
 
 def test_ids_and_targets_of_retractions_are_known_and_others_are_not(spark):
     rows = spark.createDataFrame([("a", None), ("r", "late")], "event_id string, retracts string")
-    known = KnownIds.of(rows)
+    known = IdFilter.of(rows)
     for name in ("a", "r", "late"):
         assert known.may_hold(hashes_of(spark, "x", name))
     assert not known.may_hold(hashes_of(spark, "x", "y"))
@@ -21,7 +21,7 @@ def test_ids_and_targets_of_retractions_are_known_and_others_are_not(spark):
 
 def test_what_is_added_is_known_also_after_it_was_sorted_in(spark, monkeypatch):
     monkeypatch.setattr(id_filter, "_MOST_RECENT", 2)
-    known = KnownIds(np.array([], np.int64))
+    known = IdFilter(np.array([], np.int64))
     for name in "abcd":
         assert not known.may_hold(hashes_of(spark, name))
         known.add(hashes_of(spark, name))
@@ -31,15 +31,15 @@ def test_what_is_added_is_known_also_after_it_was_sorted_in(spark, monkeypatch):
 def test_too_many_ids_are_left_to_the_table(spark, monkeypatch):
     monkeypatch.setattr(id_filter, "MOST_IDS", 1)
     rows = spark.createDataFrame([("a", None), ("b", None)], "event_id string, retracts string")
-    assert KnownIds.of(rows).may_hold(hashes_of(spark, "never seen"))
-    known = KnownIds(np.array([], np.int64))
+    assert IdFilter.of(rows).may_hold(hashes_of(spark, "never seen"))
+    known = IdFilter(np.array([], np.int64))
     known.add(hashes_of(spark, "a", "b"))
     known.add_rows(with_hashes(rows), 2)
     assert known.may_hold(hashes_of(spark, "never seen"))
 
 
 def test_rows_of_a_large_batch_are_known(spark):
-    known = KnownIds(np.array([], np.int64))
+    known = IdFilter(np.array([], np.int64))
     known.add(hashes_of(spark, "before"))
     rows = spark.createDataFrame([("a", None), ("r", "late")], "event_id string, retracts string")
     known.add_rows(with_hashes(rows), 2)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from nightstream.errors import TableError
 from nightstream.ingest import booking, ledger, resolve
-from nightstream.ingest.id_filter import KnownIds
+from nightstream.ingest.id_filter import IdFilter
 from nightstream.ingest.ledger import Counts, check
 from nightstream.runtime.settings import load
 from nightstream.store.storage import Storage
@@ -120,37 +120,37 @@ def test_every_row_ends_in_one_table(spark, settings, storage):
 )
 def test_known_ids_spare_the_table_and_change_nothing(spark, settings, storage, monkeypatch, batch):
     record(storage, payloads(spark, FIRST, "f1"), settings)
-    known = KnownIds.of(storage.read(EVENTS))
+    known = IdFilter.of(storage.read(EVENTS))
     asked = []
     known_of = resolve.known
     monkeypatch.setattr(resolve, "known", lambda *arguments: asked.append(1) or known_of(*arguments))
-    found = record(storage, payloads(spark, batch, "f2"), settings, True, fresh=True, known_ids=known)
+    found = record(storage, payloads(spark, batch, "f2"), settings, True, fresh=True, id_filter=known)
     new = len({json.loads(x)["event_id"] for x in batch} - {"a"})
     assert found.counts == Counts(2, new, 0, 2 - new)
     assert found.accepted_table["event_id"].to_pylist() == [r.event_id for r in found.accepted.collect()]
     assert bool(asked) == (new < 2)
     check(storage)
     # What this batch brought is known to the next one.
-    again = record(storage, payloads(spark, [line("n1")], "f3"), settings, True, fresh=True, known_ids=known)
+    again = record(storage, payloads(spark, [line("n1")], "f3"), settings, True, fresh=True, id_filter=known)
     assert again.counts == Counts(1, 0, 0, 1)
 
 
 def test_a_batch_too_large_for_the_driver_is_known_to_the_next_one(spark, settings, storage, monkeypatch):
-    known = KnownIds.of(storage.read_or_empty(EVENTS))
+    known = IdFilter.of(storage.read_or_empty(EVENTS))
     cut = ledger.cut
     with monkeypatch.context() as patched:
         for module in (ledger, booking):
             patched.setattr(module, "cut", lambda rows, totals, **options: cut(rows, totals, **{**options, "limit": 0}))
-        large = record(storage, payloads(spark, FIRST, "f1"), settings, True, fresh=True, known_ids=known)
+        large = record(storage, payloads(spark, FIRST, "f1"), settings, True, fresh=True, id_filter=known)
     assert large.accepted_table is None
-    again = record(storage, payloads(spark, [line("a", "u1"), line("n")], "f2"), settings, True, known_ids=known)
+    again = record(storage, payloads(spark, [line("a", "u1"), line("n")], "f2"), settings, True, id_filter=known)
     assert again.counts == Counts(2, 1, 0, 1)
 
 
 def test_an_event_after_its_retraction_is_stored_and_only_makes_its_user_known(spark, settings, storage):
-    known = KnownIds.of(storage.read_or_empty(EVENTS))
-    record(storage, payloads(spark, [retraction("r", "late")], "f1"), settings, True, known_ids=known)
-    late = record(storage, payloads(spark, [line("late"), line("other")], "f2"), settings, True, known_ids=known)
+    known = IdFilter.of(storage.read_or_empty(EVENTS))
+    record(storage, payloads(spark, [retraction("r", "late")], "f1"), settings, True, id_filter=known)
+    late = record(storage, payloads(spark, [line("late"), line("other")], "f2"), settings, True, id_filter=known)
     told = dict(zip(*(late.accepted_table[n].to_pylist() for n in ("event_id", "event_type")), strict=True))
     assert types(late.accepted) == told == {"late": "retract", "other": "view"}
     assert ids(storage.read(EVENTS)) == {"r", "late", "other"}

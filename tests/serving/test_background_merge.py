@@ -29,7 +29,7 @@ def follower(monkeypatch):
 
     monkeypatch.setattr(commits, "newest_committed", lambda storage, pending: list(pending))
     monkeypatch.setattr(commits, "merge", merge)
-    made = background_merge.Follower(None, 5, 1)
+    made = background_merge.BackgroundMerge(None, 5, 1)
     made.merged, made.gate, made.begun = merged, gate, begun
     return made
 

@@ -160,7 +160,7 @@ def test_commits_of_driver_and_executors_are_merged_together(spark, night, tmp_p
     back = [r for r in rows if r.get("retracts") == TAKEN_BACK]
     for number, part in enumerate((rows[:20], back, rows[20:40])):
         layer(parsed(payloads(spark, tmp_path, part, f"mixed{number}"), settings), number)
-    assert len(layer.follower.pending()) == 3
+    assert len(layer.background_merge.pending()) == 3
     held.set()
     layer.settle()
     assert_merged(storage)
@@ -220,10 +220,10 @@ def test_a_late_merge_hides_no_commit_from_the_next_micro_batch(spark, night, tm
     monkeypatch.setattr(commits, "merge", late)
     for number, part in enumerate((rows[:30], rows[30:])):
         layer(parsed(payloads(spark, tmp_path, part, f"late{number}"), settings), number)
-    assert len(layer.follower.pending()) == 2
+    assert len(layer.background_merge.pending()) == 2
     held.set()
     layer.settle()
-    assert layer.follower.pending() == []
+    assert layer.background_merge.pending() == []
     assert_same(storage, one_batch(spark, night, tmp_path))
 
 
@@ -292,7 +292,7 @@ def test_what_was_half_booked_comes_again_under_another_checkpoint_and_counts_on
         feed(layer, payloads(spark, tmp_path, part, name), number)
     check(storage)
     assert layer._half_booked
-    monkeypatch.setattr(layer.news, "is_due", lambda: True)
+    monkeypatch.setattr(layer.snapshots, "is_due", lambda: True)
     layer.between_batches()
     assert not layer._half_booked
     assert_same(storage, one_batch(spark, night, tmp_path))

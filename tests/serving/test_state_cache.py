@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 from nightstream.serving import state_cache
 from nightstream.serving.commits import commit, settled_table
-from nightstream.serving.state_cache import KnownUsers
+from nightstream.serving.state_cache import StateCache
 from nightstream.store.materialize import Cut
-from nightstream.store.row_store import KnownRows
+from nightstream.store.row_store import RowStore
 from nightstream.store.storage import Storage
 from nightstream.store.tables import REFRESHED, REFRESHES, USER_VECTORS, USERS, arrow_schema
 from pyspark.sql import functions as F
@@ -25,7 +25,7 @@ def rows(*entries: tuple) -> pa.Table:
 
 
 def test_the_higher_revision_stays_whatever_the_order(tmp_path: Path) -> None:
-    known = KnownRows(tmp_path / "rows", ROWS)
+    known = RowStore(tmp_path / "rows", ROWS)
     known.put(rows(("a", 2, ["x", "y"]), ("b", 1, [])))
     known.put(rows(("a", 1, ["old"]), ("b", 2, ["z"]), ("c", 1, None)))
     found = known.get(["c", "b", "a", "unknown"]).sort_by("user_id")
@@ -33,14 +33,14 @@ def test_the_higher_revision_stays_whatever_the_order(tmp_path: Path) -> None:
 
 
 def test_more_users_than_one_statement_takes(tmp_path: Path) -> None:
-    known = KnownRows(tmp_path / "rows", ROWS)
+    known = RowStore(tmp_path / "rows", ROWS)
     many = [(f"u{n:05}", 1, [str(n)]) for n in range(5_000)]
     known.put(rows(*many))
     assert known.get([name for name, *_ in many]).sort_by("user_id").equals(rows(*many))
 
 
-def asked_and_known(storage: Storage, scratch: Path) -> tuple[KnownUsers, list[pa.Table]]:
-    known = KnownUsers(storage, scratch)
+def asked_and_known(storage: Storage, scratch: Path) -> tuple[StateCache, list[pa.Table]]:
+    known = StateCache(storage, scratch)
     asked = known.of(SOME, [], 100)
     known.start().result()
     assert known._states.is_complete
@@ -96,7 +96,7 @@ def test_a_commit_counts_before_it_is_merged_and_changed_attributes_do(spark, ni
 def test_of_too_many_users_the_tables_are_asked(spark, night, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage, _ = night("known")
     monkeypatch.setattr(state_cache, "MOST_USERS", 3)
-    known = KnownUsers(storage, tmp_path / "scratch")
+    known = StateCache(storage, tmp_path / "scratch")
     known.start().result()
     assert not known._states.is_complete
     assert len(known.of(SOME, [], 100)[0]) == 3

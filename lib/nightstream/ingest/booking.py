@@ -19,7 +19,7 @@ from pyspark.sql import functions as F
 from nightstream.errors import TableError
 from nightstream.ingest import history, resolve
 from nightstream.ingest.arrival import Arrival
-from nightstream.ingest.id_filter import HASHES, KnownIds
+from nightstream.ingest.id_filter import HASHES, IdFilter
 from nightstream.ingest.resolve import OUTCOMES, Resolution
 from nightstream.store.concurrency import finish, start
 from nightstream.store.materialize import LOCAL_ROWS, Cut, cut
@@ -30,7 +30,7 @@ _ROWS_PER_FILE = 500_000
 
 
 def resolved(
-    storage: Storage, arrival: Arrival, retraction_type: str, known_ids: KnownIds | None
+    storage: Storage, arrival: Arrival, retraction_type: str, id_filter: IdFilter | None
 ) -> tuple[Resolution, list[Cut]]:
     """What becomes of the valid rows, and what is to be released when nobody reads that any more.
 
@@ -40,12 +40,12 @@ def resolved(
         storage: holds EVENTS.
         arrival: the rows.
         retraction_type: the event_type of a retraction.
-        known_ids: of all that `events` holds, kept up to date here; None to ask the table.
+        id_filter: of all that `events` holds, kept up to date here; None to ask the table.
 
     Raises:
         TableError: `events` holds an event_id more than once.
     """
-    if _brings_only_new(storage, arrival, retraction_type, known_ids):
+    if _brings_only_new(storage, arrival, retraction_type, id_filter):
         # The common case; what follows takes several jobs.
         return Resolution(resolve.all_new(arrival.valid_rows), new=arrival.valid, as_they_came=True), []
     totals = {outcome: F.count_if(F.col("outcome") == outcome) for outcome in OUTCOMES}
@@ -62,22 +62,22 @@ def resolved(
     return Resolution(settled.rows, **found), [settled]
 
 
-def _brings_only_new(storage: Storage, arrival: Arrival, retraction_type: str, known_ids: KnownIds | None) -> bool:
+def _brings_only_new(storage: Storage, arrival: Arrival, retraction_type: str, id_filter: IdFilter | None) -> bool:
     """Whether no event_id of the rows occurs twice, in them or in `events`, and no retraction is about. Adds the ids to
     the known ones."""
     valid = arrival.valid_table
     if valid is None:
-        if known_ids is not None:
-            known_ids.add_rows(arrival.valid_rows, arrival.valid)
+        if id_filter is not None:
+            id_filter.add_rows(arrival.valid_rows, arrival.valid)
         return False
-    if known_ids is not None:
+    if id_filter is not None:
         hashes = [np.asarray(valid[name], np.int64) for name in HASHES]
-        met_before = known_ids.may_hold(hashes[0])
+        met_before = id_filter.may_hold(hashes[0])
         # Known from here on, whatever becomes of this batch: a claim too many does no harm.
-        known_ids.add(np.concatenate(hashes))
+        id_filter.add(np.concatenate(hashes))
     if arrival.retractions or pc.count_distinct(valid["event_id"]).as_py() < arrival.valid:
         return False
-    if known_ids is not None and not met_before:
+    if id_filter is not None and not met_before:
         return True
     wanted = storage.spark.createDataFrame(valid.select(["event_id"]))
     found = resolve.mentions(storage.read(EVENTS), F.broadcast(wanted), retraction_type)

@@ -23,7 +23,7 @@ def with_hashes(rows: DataFrame) -> DataFrame:
     return rows.withColumns({name: F.xxhash64(column) for name, column in HASHES.items()})
 
 
-class KnownIds:
+class IdFilter:
     """64-bit hashes of event ids that occurred, as events or as targets of retractions. It may claim an id that never
     occurred, but never misses one. Beyond MOST_IDS it claims all.
 
@@ -35,7 +35,7 @@ class KnownIds:
         self._keep(np.unique(hashes))
 
     @classmethod
-    def of(cls, events: DataFrame) -> KnownIds:
+    def of(cls, events: DataFrame) -> IdFilter:
         """All ids of EVENTS rows."""
         known = cls(np.array([], np.int64))
         known.add_rows(with_hashes(events), events.count())

@@ -18,7 +18,7 @@ from pyspark.sql import functions as F
 from nightstream.errors import TableError
 from nightstream.ingest import booking, history, parse, resolve
 from nightstream.ingest.arrival import Arrival, totals
-from nightstream.ingest.id_filter import KnownIds, with_hashes
+from nightstream.ingest.id_filter import IdFilter, with_hashes
 from nightstream.ingest.resolve import Resolution
 from nightstream.runtime.settings import Settings
 from nightstream.store.concurrency import finish
@@ -105,7 +105,7 @@ def book(
     settings: Settings,
     micro_batch: bool = False,
     fresh: bool = False,
-    known_ids: KnownIds | None = None,
+    id_filter: IdFilter | None = None,
 ) -> Recorded:
     """The outcome of booking the rows of `arrive` into the four tables.
 
@@ -120,7 +120,7 @@ def book(
             completely.
         fresh: nobody has tried to book these rows before, so those of a micro-batch need not be looked for in
             raw_events. Delta's own txnAppId would tell that too, at the price of a job over the table's log per append.
-        known_ids: of all that `events` holds, kept up to date here; without it the table is asked for the ids.
+        id_filter: of all that `events` holds, kept up to date here; without it the table is asked for the ids.
 
     Raises:
         TableError: `events` holds an event_id more than once.
@@ -133,7 +133,7 @@ def book(
     cuts = [arriving]
     resolution = Resolution(resolve.all_new(arrival.valid_rows))
     if arrival.valid:
-        resolution, held = booking.resolved(storage, arrival, retraction_type, known_ids)
+        resolution, held = booking.resolved(storage, arrival, retraction_type, id_filter)
         cuts += held
     if micro_batch:
         plan = booking.stream_plan(storage, arrival, resolution, fresh)

@@ -20,7 +20,7 @@ REST = 2.0  # times as long as the MERGEs took
 LONGEST_REST = 10.0  # seconds
 
 
-class Follower:
+class BackgroundMerge:
     """Merges committed rows into the serving tables while the next micro-batches are computed.
 
     A MERGE costs seconds whatever its size, so all that was committed during one goes together into the next. After

@@ -16,7 +16,7 @@ from nightstream.store.tables import ITEMS, MODELS
 log = logging.getLogger(__name__)
 
 
-class News:
+class Snapshots:
     """Looks at the items source and at the tables models and items, when `is_due` says so.
 
     The night may merge the items source at the same time: both write the same rows, and a MERGE that meets the other

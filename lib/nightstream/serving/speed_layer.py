@@ -13,16 +13,16 @@ from pathlib import Path
 from pyspark.sql import DataFrame
 
 from nightstream.ingest import changes
-from nightstream.ingest.id_filter import KnownIds
+from nightstream.ingest.id_filter import IdFilter
 from nightstream.ingest.ledger import Counts, Recorded, arrive, book, is_balanced
 from nightstream.monitoring.batch_report import BatchReport, Laps
 from nightstream.runtime.settings import Settings
 from nightstream.serving import commits
-from nightstream.serving.background_merge import Follower
+from nightstream.serving.background_merge import BackgroundMerge
 from nightstream.serving.batch_layer import apply_all
 from nightstream.serving.handover import some_behind
-from nightstream.serving.snapshot import News
-from nightstream.serving.state_cache import KnownUsers
+from nightstream.serving.snapshot import Snapshots
+from nightstream.serving.state_cache import StateCache
 from nightstream.serving.state_source import Asked, DriverStates, ExecutorStates, StateSource, Touched
 from nightstream.store import registry
 from nightstream.store.materialize import Cut
@@ -52,13 +52,15 @@ class SpeedLayer:
         self.storage, self.settings = storage, settings
         self._writer_of, self.writer = writer, ""
         self.clock, self.on_batch = clock, on_batch
-        self.news = News(storage, settings)
-        self.payload = self.news.first()
-        self.follower = Follower(storage, settings.serving.top_k, settings.serving.merge_attempts, on_merge)
-        self.known_users = KnownUsers(storage, Path(settings.storage.work_dir) / "known")
-        self.driver = DriverStates(storage, settings, self.known_users, self.follower.pending)
-        self.executors = ExecutorStates(storage, settings, self.follower.pending)
-        self._known_ids: KnownIds | None = None
+        self.snapshots = Snapshots(storage, settings)
+        self.payload = self.snapshots.first()
+        self.background_merge = BackgroundMerge(
+            storage, settings.serving.top_k, settings.serving.merge_attempts, on_merge
+        )
+        self.state_cache = StateCache(storage, Path(settings.storage.work_dir) / "known")
+        self.driver = DriverStates(storage, settings, self.state_cache, self.background_merge.pending)
+        self.executors = ExecutorStates(storage, settings, self.background_merge.pending)
+        self._id_filter: IdFilter | None = None
         self._some_behind = True
         self._half_booked = False
 
@@ -69,15 +71,15 @@ class SpeedLayer:
         """
         self.writer = ""
         if registry.published(self.storage).model_version != self.payload.model_version:
-            self.payload = self.news.first()
-        self.follower.start()
+            self.payload = self.snapshots.first()
+        self.background_merge.start()
         self._fold_in()
         self._half_booked = not is_balanced(self.storage)
         if self._half_booked:
             log.warning("a write was cut off: every payload is looked for in raw_events until the sums are right again")
-        self.known_users.start()
+        self.state_cache.start()
         self.payload.load()
-        self._known_ids = KnownIds.of(self.storage.read_or_empty(EVENTS))
+        self._id_filter = IdFilter.of(self.storage.read_or_empty(EVENTS))
 
     def __call__(self, arrived: DataFrame, batch_id: int) -> None:
         """Record the rows (see ledger.parsed), refresh their users, commit; the MERGEs follow behind.
@@ -95,7 +97,7 @@ class SpeedLayer:
         # Spark repeats a micro-batch only as the first one after a start; under a new checkpoint, what was cut off
         # comes again at any time.
         fresh = not first and not self._half_booked
-        recorded = book(storage, arriving, settings, micro_batch=True, fresh=fresh, known_ids=self._known_ids)
+        recorded = book(storage, arriving, settings, micro_batch=True, fresh=fresh, id_filter=self._id_filter)
         laps.end("record")
         try:
             if first and commits.is_committed(storage, self.writer, batch_id):
@@ -119,8 +121,8 @@ class SpeedLayer:
             recorded.written()
             recorded.release()
         now, visible_seconds = self.clock(), sum(laps.seconds.values())
-        self.known_users.committed(committed)
-        self.follower.add(committed)
+        self.state_cache.committed(committed)
+        self.background_merge.add(committed)
         laps.end("queue")
         counts = recorded.counts
         self.on_batch(
@@ -136,7 +138,7 @@ class SpeedLayer:
                 newest_event_seconds=_seconds(recorded.newest_event, now),
                 last_arrival=recorded.last_arrival,
                 phases=laps.seconds,
-                unmerged=len(self.follower.pending()),
+                unmerged=len(self.background_merge.pending()),
                 model_version=self.payload.model_version,
             )
         )
@@ -146,7 +148,7 @@ class SpeedLayer:
 
         Raises what the MERGEs of earlier batches have met.
         """
-        self.follower.check()
+        self.background_merge.check()
         self._take_up_news()
         refreshed = self._refresh(Recorded(Counts(), {}), None) if self._some_behind else None
         if refreshed is None or not refreshed.totals["users"]:
@@ -155,17 +157,17 @@ class SpeedLayer:
         writer = f"{self._writer_of()} between micro-batches"
         number = int(now.timestamp() * 1e6)
         committed = commits.commit(self.storage, refreshed, writer, number, now)
-        self.known_users.committed(committed)
-        self.follower.add(committed)
+        self.state_cache.committed(committed)
+        self.background_merge.add(committed)
         log.info("handed over", extra={"users": refreshed.totals["users"], "model_version": self.payload.model_version})
 
     def _take_up_news(self) -> None:
-        if not self.news.is_due():
+        if not self.snapshots.is_due():
             return
-        newer = self.news.newer(self.payload)
+        newer = self.snapshots.newer(self.payload)
         if newer is not None:
             self.payload, self._some_behind = newer, True
-        self.known_users.look_again()
+        self.state_cache.look_again()
         if self._half_booked:
             self._half_booked = not is_balanced(self.storage)
 
@@ -182,11 +184,11 @@ class SpeedLayer:
 
     def settle(self) -> None:
         """Wait until all that is committed is merged. Raises what the MERGEs have met; the next start merges then."""
-        self.follower.settle()
+        self.background_merge.settle()
 
     def close(self) -> None:
         """End what runs in the background, and delete its files."""
-        self.known_users.close()
+        self.state_cache.close()
         self.driver.close()
 
     def _refresh(self, recorded: Recorded, asked: Asked | None) -> Cut:
@@ -199,7 +201,7 @@ class SpeedLayer:
         if not self._some_behind:
             return None
         most = self.settings.stream.handover_slice
-        some = some_behind(self.storage, self.payload, self.follower.pending(), most)
+        some = some_behind(self.storage, self.payload, self.background_merge.pending(), most)
         self._some_behind = some is not None
         return some
 

@@ -21,7 +21,7 @@ from nightstream.serving.commits import newest_rows
 from nightstream.serving.refresh import OVERFLOW_COLUMNS, STATE_COLUMNS, USER_COLUMNS
 from nightstream.serving.user_state import STATES, states_of
 from nightstream.store.materialize import Cut
-from nightstream.store.row_store import KnownRows
+from nightstream.store.row_store import RowStore
 from nightstream.store.storage import Storage
 from nightstream.store.tables import SEEN_OVERFLOW, USER_VECTORS, USERS, arrow_schema
 
@@ -32,7 +32,7 @@ MOST_USERS = 10_000_000
 _ATTRIBUTES = pa.schema([f for f in arrow_schema(USERS.schema) if f.name in USER_COLUMNS])
 
 
-class KnownUsers:
+class StateCache:
     """States and attributes of all users in local files, which fill up in the background after `start`. Until they are
     full, or where there are too many users, the tables are asked.
 
@@ -112,9 +112,9 @@ class KnownUsers:
         self._attributes.delete()
         self._folder.cleanup()
 
-    def _rows(self, schema: pa.Schema) -> KnownRows:
+    def _rows(self, schema: pa.Schema) -> RowStore:
         self._files += 1
-        return KnownRows(Path(self._folder.name) / f"{self._files}.sqlite", schema)
+        return RowStore(Path(self._folder.name) / f"{self._files}.sqlite", schema)
 
     def _part(self) -> Path:
         return self.scratch / uuid.uuid4().hex
@@ -122,7 +122,7 @@ class KnownUsers:
     def _fill_attributes(self) -> None:
         self._fill(self._attributes, self.storage.read_or_empty(USERS), "attributes")
 
-    def _fill(self, known: KnownRows, rows: DataFrame, what: str) -> None:
+    def _fill(self, known: RowStore, rows: DataFrame, what: str) -> None:
         begun = time.monotonic()
         try:
             known.put_all(rows, self._part(), self._closed.is_set)

@@ -20,7 +20,7 @@ from nightstream.runtime.settings import Settings
 from nightstream.serving import commits
 from nightstream.serving.batch_layer import refresher
 from nightstream.serving.refresh import NO_EVENTS, NOBODY, STATE_COLUMNS, refresh, unfolded
-from nightstream.serving.state_cache import KnownUsers
+from nightstream.serving.state_cache import StateCache
 from nightstream.store.materialize import Cut
 from nightstream.store.storage import Storage
 from nightstream.store.tables import EVENTS, SEEN_OVERFLOW, USER_VECTORS, USERS
@@ -28,7 +28,7 @@ from nightstream.store.tables import EVENTS, SEEN_OVERFLOW, USER_VECTORS, USERS
 
 @dataclass(frozen=True)
 class Asked:
-    """A question for what is known of some users (string [B]), and its answer, see KnownUsers.of."""
+    """A question for what is known of some users (string [B]), and its answer, see StateCache.of."""
 
     users: pa.Array
     answer: Future[tuple[pa.Table, pa.Table, pa.Table | None]]
@@ -69,11 +69,11 @@ class DriverStates:
     """States at hand in this process, which has the model, too: of few users, none of whom is to be folded again."""
 
     def __init__(
-        self, storage: Storage, settings: Settings, known_users: KnownUsers, pending: Callable[[], list[Cut]]
+        self, storage: Storage, settings: Settings, state_cache: StateCache, pending: Callable[[], list[Cut]]
     ) -> None:
         """pending: gives the commits that USER_VECTORS may lack."""
         self.storage, self.settings = storage, settings
-        self.known_users, self.pending = known_users, pending
+        self.state_cache, self.pending = state_cache, pending
         self._pool = ThreadPoolExecutor(1, "ask")
 
     def ask_ahead(self, arriving: Cut) -> Asked | None:
@@ -111,7 +111,7 @@ class DriverStates:
     def _ask(self, users: pa.Array, events: int) -> Asked:
         """events: how many more of them the states may take up."""
         pending, room = self.pending(), self.settings.window.seen_limit - events
-        return Asked(users, self._pool.submit(self.known_users.of, users, pending, room))
+        return Asked(users, self._pool.submit(self.state_cache.of, users, pending, room))
 
 
 class ExecutorStates:

@@ -265,7 +265,7 @@ def lease_of(storage: Storage, settings: Settings) -> Lease:
 def writer_of(spark: SparkSession, checkpoint: str) -> str:
     """The identity of a checkpoint: Spark's query id, which a deleted and renewed checkpoint does not share.
 
-    Transactions are numbered under it; were it the path alone, the batches of a renewed checkpoint would be taken for
+    Commits are numbered under it; were it the path alone, the batches of a renewed checkpoint would be taken for
     repetitions and ignored.
     """
     row = spark.read.text(f"{checkpoint.rstrip('/')}/metadata").first()

@@ -24,7 +24,7 @@ _PUT = (
 )
 
 
-class KnownRows:
+class RowStore:
     """One row per user; of two, the one of the higher revision stays, so that rows may come in any order.
 
     file: where they go; it must not exist yet. schema: of the rows, user_id among them; without a column `revision`,
