@@ -181,7 +181,7 @@ def problems(request, movielens, tmp_path_factory) -> dict[str, str | None]:
         return {name: future.result() for name, future in running.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.docs
 @pytest.mark.parametrize("page", [page.name for page in to_run()])
 def test_every_command_of_a_page_runs(page, problems):
     assert problems[page] is None, problems[page]
