@@ -159,11 +159,18 @@ class Killed(Exception):
     pass
 
 
-def _two_processes(rank: int, folder: Path, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _two_processes(rank: int, folder: Path, ports: list[int]) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    free = iter(ports)
+
+    def train(spec: dict[str, Any]) -> None:
+        # Under the port of a run that has just ended, one process could meet what is left of it, and wait for ever.
+        os.environ["MASTER_PORT"] = str(next(free))
+        train_encoder(spec)
+
     short = SMALL | {"epochs": 3}
-    train_encoder(spec_in(folder, "cnn", output=str(folder / "whole")))
-    train_encoder(spec_in(folder, "cnn", output=str(folder / "undisturbed"), options=short))
+    train(spec_in(folder, "cnn", output=str(folder / "whole")))
+    train(spec_in(folder, "cnn", output=str(folder / "undisturbed"), options=short))
     killed = spec_in(folder, "cnn", output=str(folder / "killed"), options=short)
     epoch = Trainer._epoch
 
@@ -174,12 +181,12 @@ def _two_processes(rank: int, folder: Path, port: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
         patch.setattr(Trainer, "_epoch", dying)
-        train_encoder(killed)
+        train(killed)
     assert not (folder / "killed" / "weights.safetensors").exists()
-    train_encoder(killed)
+    train(killed)
     # The only user falls to the first process; no item has text, though there are words.
     lonely = {"sequences": str(folder / "lonely"), "items": str(folder / "wordless"), "options": short}
-    train_encoder(spec_in(folder, "gru", output=str(folder / "alone"), **lonely))
+    train(spec_in(folder, "gru", output=str(folder / "alone"), **lonely))
 
 
 @pytest.fixture(scope="module")
@@ -190,10 +197,12 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_sequences(folder / "lonely", ring_sequences(users=1))
     wordless = replace(plain_items(30), tokens=np.zeros((30, 3), np.int32), vocabulary_size=9)
     save_item_features(folder / "wordless", wordless)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_two_processes, (folder, port), nprocs=2)
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(5)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        ports = [each.getsockname()[1] for each in sockets]
+    mp.spawn(_two_processes, (folder, ports), nprocs=2)
     return folder
 
 
