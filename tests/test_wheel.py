@@ -86,16 +86,14 @@ def test_a_night_from_the_wheel_in_an_empty_folder(run, installed, tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(mine), encoding="utf-8")
     small = [part for setting in SMALL for part in ("--set", setting)]
 
-    ingested = run("nightstream", "ingest", "--settings", "mine.yaml", *small)
-    assert ingested.returncode == 0, ingested.stderr
-    assert json.loads(ingested.stdout)["events"] == {
+    night = run("nightstream", "nightly", "--settings", "mine.yaml", *small)
+    assert night.returncode == 0, night.stderr
+    assert json.loads(night.stdout)["ingest"]["events"] == {
         "raw_events": 480,
         "events": 480,
         "quarantine": 0,
         "duplicates": 0,
     }
-    night = run("nightstream", "nightly", "--settings", "mine.yaml", *small)
-    assert night.returncode == 0, night.stderr
     lists = DeltaTable(str(tmp_path / "out" / "tables" / "recommendations")).to_pandas()
     # 40 users with events, two without, and the one for strangers.
     assert lists.user_id.nunique() == 43
