@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,6 +51,16 @@ def settings(tmp_path) -> Settings:
             f"stream.path={tmp_path / 'stream'}",
         ],
     )
+
+
+@pytest.fixture
+def restored_logging():
+    """What a test configures of logging is undone after it."""
+    root = logging.getLogger()
+    before = list(root.handlers), root.level
+    yield
+    root.handlers, root.level = before
+    logging.captureWarnings(False)
 
 
 @pytest.fixture

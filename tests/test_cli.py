@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import runpy
@@ -24,21 +23,14 @@ BASE = str(ROOT / "conf" / "base.yaml")
 FILES = sorted(path for folder in ("jobs", "streaming") for path in (ROOT / folder).glob("*.py"))
 COMMANDS = ("ingest", "train", "publish", "apply", "nightly", "evaluate", "serve", "freshness", "demo")
 
+pytestmark = pytest.mark.usefixtures("restored_logging")
+
 
 class Spark:
     stopped = False
 
     def stop(self) -> None:
         self.stopped = True
-
-
-@pytest.fixture(autouse=True)
-def _restore_logging():
-    root = logging.getLogger()
-    before = list(root.handlers), root.level
-    yield
-    root.handlers, root.level = before
-    logging.captureWarnings(False)
 
 
 @pytest.fixture

@@ -10,14 +10,7 @@ import pytest
 from nightstream.runtime import console, logs
 from rich.console import Console
 
-
-@pytest.fixture(autouse=True)
-def _restore_logging():
-    root = logging.getLogger()
-    before = list(root.handlers), root.level
-    yield
-    root.handlers, root.level = before
-    logging.captureWarnings(False)
+pytestmark = pytest.mark.usefixtures("restored_logging")
 
 
 def record(message: str, *args: object, level: int = logging.INFO, **extra: object) -> logging.LogRecord:

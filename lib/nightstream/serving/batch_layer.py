@@ -11,11 +11,7 @@ from nightstream.ingest.history import foldable
 from nightstream.models.bundle import Payload
 from nightstream.runtime.settings import Settings
 from nightstream.serving import commits
-from nightstream.serving.refresh import (
-    Refresher,
-    refresh,
-    unfolded,
-)
+from nightstream.serving.refresh import Refresher, refresh, unfolded
 from nightstream.serving.user_state import FoldRules
 from nightstream.store.storage import Storage
 from nightstream.store.tables import EVENTS, USER_VECTORS, USERS
