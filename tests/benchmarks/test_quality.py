@@ -165,6 +165,7 @@ def test_mean_and_spread():
     assert (first["model"], hits, gains, count) == ("a", [1, 3], [0.5, 1.5], 2)
 
 
+@pytest.mark.usefixtures("restored_logging")
 def test_bad_input_gets_one_sentence_and_exit_code_2(monkeypatch, capsys):
     for arguments, sentence in (
         (["--data", "nowhere.inter"], "quality: --data nowhere.inter: nowhere.inter is not there"),
