@@ -16,6 +16,7 @@ import torch
 from learning_data import catalogue_of, make_windows, plain_items, ring_sequences
 from nightstream.models.array_files import save_item_features, save_sequences
 from nightstream.models.arrays import RANK, TRAIN, VALID, Catalogue, ItemFeatures, Sequences
+from nightstream.models.artifacts import from_artifacts, to_artifacts
 from nightstream.models.encoders import Batch, EncoderSizes, ItemEncoder, ItemSizes, build_sequence_encoder
 from nightstream.models.encoders.content import ItemBatch
 from nightstream.models.encoders.factory import CONTENT_ENCODERS, ENCODERS
@@ -88,7 +89,7 @@ def test_a_source_puts_items_forward_with_its_own_reason(monkeypatch: pytest.Mon
     run_example("A source of candidates", monkeypatch)
     assert list(SOURCES)[-1] == "next_item"
     model = with_ranker(untrained_model(sequences), sequences, catalogue)
-    model = Model.from_artifacts(model.to_artifacts())
+    model = from_artifacts(to_artifacts(model))
     lists = model.recommend(windows, catalogue, 5)
     # The step of 7 is the rule of all histories.
     assert lists.rows[:2, 0].tolist() == [22, 18]
@@ -99,7 +100,7 @@ def test_a_source_puts_items_forward_with_its_own_reason(monkeypatch: pytest.Mon
     assert "next_item" not in {STRATEGIES[s] for s in lists.strategies[2]}
 
     # A model that was trained before the source came serves as it did.
-    again = Model.from_artifacts(older.to_artifacts())
+    again = from_artifacts(to_artifacts(older))
     assert "next_item" not in again.sources.names
     now = again.recommend(windows, catalogue, 5)
     for name in ("rows", "scores", "strategies", "because"):
