@@ -4,6 +4,7 @@ import hashlib
 import json
 import zlib
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -119,7 +120,7 @@ def test_a_rejected_row_has_no_event(spark):
     assert [row[n] for n in EVENTS.schema.names if n not in (*RAW_EVENTS.schema.names, "event_time")] == [None] * 7
 
 
-ACCEPTED = [
+ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     (changed(user_id=196), {"user_id": "196", "event_type": "view", "value": None}),
     (changed(user_id=int("1" * 10)), {"user_id": "1" * 10}),
     (

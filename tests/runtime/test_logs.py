@@ -75,11 +75,12 @@ def test_without_a_terminal_a_record_is_one_unbroken_line(capsys):
 
 
 def test_on_a_terminal_lines_go_through_the_console_of_the_bars(monkeypatch):
-    terminal = Console(file=io.StringIO(), force_terminal=True, width=60, color_system=None)
+    written = io.StringIO()
+    terminal = Console(file=written, force_terminal=True, width=60, color_system=None)
     monkeypatch.setattr(logs, "stderr", terminal)
     logs.configure()
     logging.getLogger("nightstream.x").warning("read [1:3] of %d", 7, extra={"rows": 3})
-    shown = terminal.file.getvalue()
+    shown = written.getvalue()
     assert "read [1:3] of 7 rows=3" in shown
     assert "WARNING" in shown
     assert console.stderr is not terminal

@@ -10,7 +10,7 @@ def test_secret_scopes_are_asked_through_dbutils(monkeypatch):
     asked = []
     runtime = ModuleType("databricks.sdk.runtime")
     store = SimpleNamespace(get=lambda scope, key: asked.append((scope, key)) or f"{key} of {scope}")
-    runtime.dbutils = SimpleNamespace(secrets=store)
+    monkeypatch.setattr(runtime, "dbutils", SimpleNamespace(secrets=store), raising=False)
     for name, module in {"databricks": ModuleType("a"), "databricks.sdk": ModuleType("b")}.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setitem(sys.modules, "databricks.sdk.runtime", runtime)

@@ -237,7 +237,7 @@ def reads() -> set[tuple[str, str]]:
             owner = types.get_proper_type(inferred.get(access.expr))
             members = owner.items if isinstance(owner, types.UnionType) else [owner]
             found |= {
-                (member.type.name, access.name)
+                (member.type.name, access.name)  # type: ignore[attr-defined]
                 for member in map(types.get_proper_type, members)
                 if isinstance(member, types.Instance) and member.type.module_name == settings.__name__
             }

@@ -15,58 +15,64 @@ class Commit(str):
     table = None
 
 
-@pytest.fixture
-def follower(monkeypatch):
-    """A follower whose MERGEs note their rows, wait for `gate`, and fail on the rows "bad"."""
-    merged, gate, begun = [], threading.Event(), threading.Event()
+class Noted(background_merge.BackgroundMerge):
+    """Its MERGEs note their rows, wait for `gate`, and fail on the rows "bad"."""
 
-    def merge(storage, rows, layout, attempts):
-        begun.set()
-        gate.wait(10)
+    def __init__(self) -> None:
+        super().__init__(None, 5, 1)
+        self.merged: list[list[str]] = []
+        self.gate, self.begun = threading.Event(), threading.Event()
+
+    def merge(self, storage, rows, layout, attempts) -> None:
+        self.begun.set()
+        self.gate.wait(10)
         if "bad" in rows:
             raise RuntimeError("a MERGE failed")
-        merged.append(rows)
+        self.merged.append(rows)
 
+
+@pytest.fixture
+def merging(monkeypatch):
+    made = Noted()
     monkeypatch.setattr(commits, "newest_committed", lambda storage, pending: list(pending))
-    monkeypatch.setattr(commits, "merge", merge)
-    made = background_merge.BackgroundMerge(None, 5, 1)
-    made.merged, made.gate, made.begun = merged, gate, begun
+    monkeypatch.setattr(commits, "merge", made.merge)
     return made
 
 
-def test_what_is_committed_during_a_merge_goes_together_into_the_next(follower):
-    follower.add(Commit("a"))
-    assert follower.begun.wait(10)
-    follower.add(Commit("b"))
-    follower.add(Commit("c"))
-    assert follower.pending() == ["a", "b", "c"]
-    follower.gate.set()
-    follower.settle()
-    assert follower.pending() == []
-    assert follower.merged == [["a"], ["b", "c"]]
+def test_what_is_committed_during_a_merge_goes_together_into_the_next(merging):
+    merging.add(Commit("a"))
+    assert merging.begun.wait(10)
+    merging.add(Commit("b"))
+    merging.add(Commit("c"))
+    assert merging.pending() == ["a", "b", "c"]
+    merging.gate.set()
+    merging.settle()
+    assert merging.pending() == []
+    assert merging.merged == [["a"], ["b", "c"]]
 
 
-def test_a_failed_merge_is_raised_and_nothing_is_merged_past_it(follower):
-    follower.add(Commit("bad"))
-    follower.add(Commit("later"))
-    follower.gate.set()
+def test_a_failed_merge_is_raised_and_nothing_is_merged_past_it(merging):
+    merging.add(Commit("bad"))
+    merging.add(Commit("later"))
+    merging.gate.set()
     with pytest.raises(RuntimeError, match="a MERGE failed"):
-        follower.settle()
-    assert follower.merged == []
+        merging.settle()
+    assert merging.merged == []
 
 
 @pytest.mark.parametrize("bound", ["MOST_PENDING", "MOST_PENDING_BYTES"])
-def test_too_many_pending_commits_wait(follower, monkeypatch, bound):
-    monkeypatch.setattr(Commit, "table", pa.table({"number": [1]}))
-    monkeypatch.setattr(background_merge, bound, 8 if bound == "MOST_PENDING" else 8 * Commit.table.nbytes)
+def test_too_many_pending_commits_wait(merging, monkeypatch, bound):
+    table = pa.table({"number": [1]})
+    monkeypatch.setattr(Commit, "table", table)
+    monkeypatch.setattr(background_merge, bound, 8 if bound == "MOST_PENDING" else 8 * table.nbytes)
     for number in range(8):
-        follower.add(Commit(str(number)))
-    waiting = threading.Thread(target=follower.add, args=(Commit("one more"),))
+        merging.add(Commit(str(number)))
+    waiting = threading.Thread(target=merging.add, args=(Commit("one more"),))
     waiting.start()
     waiting.join(0.2)
     assert waiting.is_alive()
-    follower.gate.set()
+    merging.gate.set()
     waiting.join(10)
     assert not waiting.is_alive()
-    follower.settle()
-    assert [rows for merge in follower.merged for rows in merge][-1] == "one more"
+    merging.settle()
+    assert [rows for merge in merging.merged for rows in merge][-1] == "one more"
