@@ -143,6 +143,7 @@ def commits(storage):
     return [storage.version(t) for t in (RECOMMENDATIONS, USER_VECTORS, REFRESHES)]
 
 
+@pytest.mark.slow
 def test_a_worse_model_is_kept_as_rejected_and_nothing_that_serves_changes(spark, night):
     storage, settings = night("gate")
     settings = small_gate(settings)

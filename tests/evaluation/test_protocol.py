@@ -23,6 +23,7 @@ def settings_for(folder, rows):
     return validate(placed(document, folder) | {"sources": world.sources(folder)})
 
 
+@pytest.mark.slow
 def test_predictions_scored_again_give_the_same_figures(spark, tmp_path):
     rows = world.events()
     rows.append(

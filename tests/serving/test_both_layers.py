@@ -123,6 +123,7 @@ def test_any_cut_order_and_repetition_of_the_stream_equals_one_batch(spark, nigh
     assert TAKEN_BACK not in {r.id for r in window.collect()}
 
 
+@pytest.mark.slow
 def test_the_driver_and_the_executors_refresh_alike(spark, night, tmp_path, monkeypatch):
     rows = [r for r in live_events() if isinstance(r, dict) and r.get("event_id", "").startswith("live")]
     found = []
@@ -168,7 +169,8 @@ def test_commits_of_driver_and_executors_are_merged_together(spark, night, tmp_p
     assert {r["user_id"] for r in [*rows[:40], *back]} <= stored
 
 
-@pytest.mark.parametrize("most", [pytest.param(0, marks=pytest.mark.slow), commits.LOCAL_USERS])
+@pytest.mark.slow
+@pytest.mark.parametrize("most", [0, commits.LOCAL_USERS])
 def test_a_consumed_item_stays_away_when_it_no_longer_fits_into_the_state(spark, night, tmp_path, monkeypatch, most):
     monkeypatch.setattr(commits, "LOCAL_USERS", most)
     storage, settings = night("overflow")

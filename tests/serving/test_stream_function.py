@@ -38,6 +38,7 @@ def test_it_carries_settings_and_the_references_to_secrets_alone(settings, monke
     assert shipped(function).settings.stream.resolved_options() == {"kafka.sasl.jaas.config": "hunter2"}
 
 
+@pytest.mark.slow
 def test_a_shipped_copy_builds_its_state_at_its_first_call_and_keeps_it(spark, night, monkeypatch):
     storage, settings = night("shipped")
     Path(settings.stream.checkpoint).mkdir(parents=True)

@@ -45,6 +45,28 @@ def test_every_target_with_a_history_comes_exactly_once_and_with_enough_before_i
     assert sorted(found) == [e for e in np.flatnonzero(is_target).tolist() if e not in first]
 
 
+@pytest.mark.parametrize(("window", "targets"), [(9, 6), (8, 6), (3, 2), (2, 2), (1, 1)])
+def test_a_long_history_is_cut_into_targets_of_two_thirds_of_a_window(window: int, targets: int) -> None:
+    sequences = histories([window + 1, 60])
+    chunks = batching.cut_chunks(sequences, np.arange(2), window, sequences.roles >= 0, np.random.default_rng(1))
+    short, long = (chunks.target_counts[chunks.users == user] for user in (0, 1))
+    # A window's worth of targets needs no cut; of a longer history only the ends are shorter.
+    assert short.tolist() == [window]
+    assert set(long[1:-1].tolist()) == {targets}
+    assert long.max() == targets
+    assert long.sum() == 59
+
+
+def test_where_a_long_history_is_cut_is_drawn() -> None:
+    sequences = histories([60])
+    first = [
+        batching.cut_chunks(sequences, np.arange(1), 9, sequences.roles >= 0, np.random.default_rng(seed))
+        .target_counts[0]
+        for seed in range(60)
+    ]  # fmt: skip
+    assert set(first) == {1, 2, 3, 4, 5, 6}
+
+
 def test_batches_hold_every_chunk_once_and_depend_on_the_seed_alone() -> None:
     sequences = histories([30, 5, 17, 2, 9, 40] * 5)
     everyone = np.arange(len(sequences))
