@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import world
 from nightstream.ingest.ledger import parsed
 from nightstream.runtime.settings import validate
-from nightstream.serving import stream_function
+from nightstream.serving import stream_state
 from nightstream.serving.speed_layer import SpeedLayer
 from nightstream.serving.stream_function import StreamFunction
 from nightstream.store import lease
@@ -38,6 +40,17 @@ def test_it_carries_settings_and_the_references_to_secrets_alone(settings, monke
     assert shipped(function).settings.stream.resolved_options() == {"kafka.sasl.jaas.config": "hunter2"}
 
 
+def test_reading_it_imports_no_more_than_settings(settings):
+    """A Spark Connect server gives the process that reads it 15 seconds, and starts it anew for each query."""
+    told = (
+        "import pickle, sys; pickle.load(sys.stdin.buffer); "
+        "print({name.partition('.')[0] for name in sys.modules} & {'numpy', 'pyarrow', 'pyspark', 'torch', 'xgboost'})"
+    )
+    content = cloudpickle.dumps(StreamFunction(settings, "one run"))
+    done = subprocess.run([sys.executable, "-c", told], input=content, capture_output=True, check=True)
+    assert done.stdout == b"set()\n"
+
+
 @pytest.mark.slow
 def test_a_shipped_copy_builds_its_state_at_its_first_call_and_keeps_it(spark, night, monkeypatch):
     storage, settings = night("shipped")
@@ -62,20 +75,20 @@ def test_a_shipped_copy_builds_its_state_at_its_first_call_and_keeps_it(spark, n
             micro_batch(0)
     # What fails at its start gives back what it took.
     assert holder() is None
-    assert not stream_function._STATES
+    assert not stream_state.STATES
     try:
         micro_batch(0)
-        state = stream_function._STATES["one run"]
+        state = stream_state.STATES["one run"]
         micro_batch(1)
-        assert list(stream_function._STATES) == ["one run"]
-        assert stream_function._STATES["one run"] is state
+        assert list(stream_state.STATES) == ["one run"]
+        assert stream_state.STATES["one run"] is state
         assert holder() == f"stream (checkpoint {settings.stream.checkpoint})"
         assert state.counts["batches"] == 2
         state.settle()
     finally:
-        for state in list(stream_function._STATES.values()):
+        for state in list(stream_state.STATES.values()):
             state.__exit__(None, None, None)
-    assert not stream_function._STATES
+    assert not stream_state.STATES
     assert holder() is None
     with pytest.raises(InterruptedError):
         state.micro_batch(None, 2)

@@ -17,7 +17,7 @@ import world
 from nightstream.errors import TableError, WriterBusyError
 from nightstream.ingest.ledger import check
 from nightstream.runtime.settings import validate
-from nightstream.serving import commits, stream_function
+from nightstream.serving import commits, stream_state
 from nightstream.steps import apply, ingest, serve
 from nightstream.store import lease
 from nightstream.store.storage import Storage
@@ -165,7 +165,7 @@ def running(spark, settings) -> Iterator[Future]:
 @pytest.mark.slow
 def test_without_events_too_withdrawn_items_leave_every_list(spark, night, tmp_path, monkeypatch):
     storage, settings = night("quiet")
-    monkeypatch.setattr(stream_function, "QUIET_SECONDS", 0.5)
+    monkeypatch.setattr(stream_state, "QUIET_SECONDS", 0.5)
     document = settings.model_dump(mode="json")
     document["sources"]["items"] |= {"path": str(tmp_path / "items.jsonl"), "available": "stock"}
     document["stream"] |= {"snapshot_seconds": 1.0, "handover_slice": 10}

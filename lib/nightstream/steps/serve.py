@@ -19,7 +19,8 @@ from nightstream.monitoring.freshness import make_view
 from nightstream.runtime.session import is_remote
 from nightstream.runtime.settings import Settings
 from nightstream.runtime.spark_errors import ours_in
-from nightstream.serving.stream_function import QUERY, ShippedStream, Stream, StreamFunction, StreamState
+from nightstream.serving.stream_function import StreamFunction
+from nightstream.serving.stream_state import QUERY, ShippedStream, Stream, StreamState
 from nightstream.store.storage import Storage
 
 log = logging.getLogger(__name__)
