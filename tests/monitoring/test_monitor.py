@@ -37,7 +37,9 @@ def report(number: int, **more) -> BatchReport:
     return BatchReport(**{**told, **more})
 
 
-def progress(number: int, rows: int = 10, run: uuid.UUID = RUN, behind: int = 0) -> StreamingQueryProgress:
+def progress(
+    number: int, rows: int = 10, run: uuid.UUID = RUN, behind: int = 0, name: str = "q"
+) -> StreamingQueryProgress:
     source = {
         "description": "KafkaV2[Subscribe[clicks]]",
         "startOffset": {"clicks": {"0": 0}},
@@ -50,7 +52,7 @@ def progress(number: int, rows: int = 10, run: uuid.UUID = RUN, behind: int = 0)
     document = {
         "id": str(uuid.uuid4()),
         "runId": str(run),
-        "name": "q",
+        "name": name,
         "timestamp": "2026-01-01T00:00:00.000Z",
         "batchId": number,
         "batchDuration": 2000,
@@ -199,11 +201,20 @@ def test_other_queries_of_the_session_do_not_count(watched):
         watched.streams.started()
         other = uuid.uuid4()
         watched.streams.started("another", other)
-        watched.streams.progressed(progress(0, run=other))
+        watched.streams.progressed(progress(0, run=other, name="another"))
         watched.streams.terminated(other)
         assert not watched.monitor.listener.ended.is_set()
         watched.streams.terminated()
     assert watched.written == []
+
+
+def test_a_monitor_that_comes_after_the_start_takes_progress_in(watched):
+    with watched.monitor as monitor:
+        monitor.on_batch(report(0))
+        watched.streams.progressed(progress(0))
+        assert [line.batch_id for line in watched.lines()] == [0]
+        watched.streams.terminated()
+    assert [row[0]["stream_batches"] for row in watched.written] == [1]
 
 
 def test_a_failed_append_is_told_once_and_made_up_for(watched, caplog):
@@ -224,7 +235,7 @@ def test_whatever_breaks_in_it_stays_in_it(watched, caplog):
         watched.streams.started()
         monitor.on_batch(None)
         monitor.on_batch(None)
-        watched.streams.progressed(types.SimpleNamespace(runId=RUN))
+        watched.streams.progressed(types.SimpleNamespace(runId=RUN, name="q"))
         watched.streams.terminated()
     failed = [r.failed for r in caplog.records if r.levelno == logging.WARNING]
     assert failed == ["taking in a micro-batch", "taking in Spark's progress"]

@@ -92,7 +92,7 @@ def test_a_night_and_a_stream_on_a_server(settings, tmp_path):
         world.write_lines(tmp_path / f"{name}.jsonl", made)
     document = placed(settings.model_dump(mode="json"), tmp_path) | {"sources": world.sources(tmp_path)}
     document["training"] |= {"encoders": ["gru"], "epochs": 1}
-    document["stream"] |= {"max_per_trigger": 1}
+    document["stream"] |= {"max_per_trigger": 1, "metrics_seconds": 1.0}
     document["serving"] |= {"top_k": 5}
     file = tmp_path / "base.yaml"
     with server(settings, tmp_path) as address:

@@ -198,7 +198,9 @@ class Listener(StreamingQueryListener):
             self.ended.clear()
 
     def onQueryProgress(self, event: QueryProgressEvent) -> None:
-        if event.progress.runId == self.run_id:
+        if event.progress.name == self.query_name:
+            # Over Spark Connect it listens from the first micro-batch on, and has not heard of the start.
+            self.run_id = event.progress.runId
             self.monitor.on_progress(event.progress)
 
     def onQueryTerminated(self, event: QueryTerminatedEvent) -> None:
