@@ -12,7 +12,7 @@ ML100K := data/ml-100k
 KAFKA ?= 127.0.0.1:9092
 TOPIC ?= events
 
-.PHONY: help check-machine venv data lint types test test-slow test-faults test-docs test-connect demo kafka kafka-send lock clean
+.PHONY: help check-machine venv data lint types test test-slow test-faults test-docs demo kafka kafka-send lock clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -71,7 +71,7 @@ types: venv ## mypy
 	@$(BIN)/mypy
 
 test: venv lint types ## lint, types and every test that is not slow
-	@$(BIN)/pytest -m "not slow and not faults and not connect and not docs"
+	@$(BIN)/pytest -m "not slow and not faults and not docs"
 
 # Exit code 5 of pytest means that it collected no test: there is nothing slow yet, and saying so beats a red run.
 test-slow: venv ## the tests that need servers, a browser or a long run
@@ -80,11 +80,8 @@ test-slow: venv ## the tests that need servers, a browser or a long run
 test-faults: venv ## stream and night killed at every write and many moments, a hand-over read at every version (long)
 	@$(BIN)/pytest -m faults
 
-test-docs: venv data ## every shell command that README and docs show; not known to pass yet
+test-docs: venv data ## every shell command that README and docs show (long)
 	@$(BIN)/pytest -m docs
-
-test-connect: venv ## a night and a stream over a Spark Connect server; not known to pass yet
-	@$(BIN)/pytest -m connect
 
 demo: venv data ## MovieLens-100k from end to end; writes out/ and ends with the path of its report
 	@$(BIN)/nightstream demo --settings movielens --settings demo

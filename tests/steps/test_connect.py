@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyspark
@@ -18,7 +19,9 @@ import world
 import yaml
 from conftest import placed
 from deltalake import DeltaTable
+from nightstream.errors import NightstreamError
 from nightstream.runtime.settings import Settings
+from nightstream.steps import demo, serve
 
 PATIENCE = 300.0  # seconds until the server answers
 _CATALOG = "org.apache.spark.sql.delta.catalog.DeltaCatalog"
@@ -86,7 +89,21 @@ def event(number: int) -> dict:
     return {"event_id": f"live{number}", "user_id": f"new{number}", "item_id": "i01", "event_time": world.START}
 
 
-@pytest.mark.connect
+class ServerSession:
+    """What a session over Spark Connect is told by."""
+
+    __module__ = "pyspark.sql.connect.session"
+
+
+def test_what_follows_a_stream_in_this_process_is_refused_before_anything_is_touched(settings):
+    with pytest.raises(NightstreamError, match=r"the demo follows .* run it with spark\.remote: null"):
+        demo.run(ServerSession(), settings, datetime(2024, 1, 1, tzinfo=UTC))
+    with pytest.raises(NightstreamError, match=r"run this command with spark\.remote: null"):
+        serve.run(ServerSession(), settings, on_batch=print)
+    assert not Path(settings.storage.root).parent.joinpath("demo").exists()
+
+
+@pytest.mark.slow
 def test_a_night_and_a_stream_on_a_server(settings, tmp_path):
     for name, made in (("events", world.events()), ("items", world.items()), ("users", world.users())):
         world.write_lines(tmp_path / f"{name}.jsonl", made)

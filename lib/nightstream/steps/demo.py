@@ -12,6 +12,7 @@ from typing import Any
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from nightstream.errors import NightstreamError
 from nightstream.evaluation import offline
 from nightstream.evaluation.offline import Served
 from nightstream.files import write_atomically
@@ -19,6 +20,7 @@ from nightstream.ingest.history import live
 from nightstream.monitoring import report
 from nightstream.monitoring.measurements import percentile
 from nightstream.runtime import console
+from nightstream.runtime.session import is_remote
 from nightstream.runtime.settings import Settings, validate
 from nightstream.serving import catalogue
 from nightstream.steps import nightly, serve
@@ -35,7 +37,13 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime, replay_seconds
     """Everything below the parent folder of storage.root is made anew.
 
     replay_seconds: over how long the feed spreads the replayed events.
+    Raises NightstreamError over Spark Connect.
     """
+    if is_remote(spark):
+        raise NightstreamError(
+            "the demo follows its stream in this process, and over Spark Connect micro-batches run on the server; "
+            "run it with spark.remote: null"
+        )
     begun = time.monotonic()
     # The bars and the live line tell the story here, without a terminal the console's lines.
     logging.getLogger("nightstream").setLevel(logging.WARNING)
