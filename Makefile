@@ -70,6 +70,9 @@ lint: venv ## ruff: rules, format and import order; import-linter: which package
 types: venv ## mypy
 	@$(BIN)/mypy
 
+# A JVM that tests live in for minutes gains nothing from its second compiler, which takes a core of its own.
+test test-slow: export SPARK_SUBMIT_OPTS := -XX:TieredStopAtLevel=1
+
 test: venv lint types ## lint, types and every test that is not slow
 	@$(BIN)/pytest -m "not slow and not faults and not docs"
 

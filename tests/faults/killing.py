@@ -14,7 +14,7 @@ from pathlib import Path
 from killable import VARIABLE
 
 KILLABLE = Path(__file__).with_name("killable.py")
-LONGEST_WAIT = 300.0  # seconds; a process that has come no further by then is stuck
+LONGEST_WAIT = 900.0  # seconds; a process that has come no further by then is stuck
 
 
 class Victim:
