@@ -70,9 +70,6 @@ lint: venv ## ruff: rules, format and import order; import-linter: which package
 types: venv ## mypy
 	@$(BIN)/mypy
 
-# A JVM that tests live in for minutes gains nothing from its second compiler, which takes a core of its own.
-test test-slow: export SPARK_SUBMIT_OPTS := -XX:TieredStopAtLevel=1
-
 test: venv lint types ## lint, types and every test that is not slow
 	@$(BIN)/pytest -m "not slow and not faults and not docs"
 
@@ -80,7 +77,7 @@ test: venv lint types ## lint, types and every test that is not slow
 test-slow: venv ## the tests that need servers, a browser or a long run
 	@$(BIN)/pytest -m "slow and not faults" || { code=$$?; [ $$code -eq 5 ] && echo "no test is marked slow" || exit $$code; }
 
-test-faults: venv ## stream and night killed at every write and many moments, a hand-over read at every version (long)
+test-faults: venv ## stream and night killed at every write and many moments, and what is rare and long besides (long)
 	@$(BIN)/pytest -m faults
 
 test-docs: venv data ## every shell command that README and docs show (long)

@@ -181,11 +181,8 @@ def problems(request, movielens, tmp_path_factory) -> dict[str, str | None]:
         return {name: future.result() for name, future in running.items()}
 
 
-# What a newcomer types first is tried each time.
 @pytest.mark.docs
-@pytest.mark.parametrize(
-    "page", [pytest.param(page.name, marks=[pytest.mark.slow] * (page.name == "README.md")) for page in to_run()]
-)
+@pytest.mark.parametrize("page", [page.name for page in to_run()])
 def test_every_command_of_a_page_runs(page, problems):
     assert problems[page] is None, problems[page]
 

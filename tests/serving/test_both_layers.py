@@ -101,7 +101,7 @@ def one_batch(spark, night, tmp_path):
     return _ONE_BATCH[0]
 
 
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.faults)])
 def test_any_cut_order_and_repetition_of_the_stream_equals_one_batch(spark, night, tmp_path, seed):
     storage, settings = night("stream")
     rows = live_events()
@@ -135,7 +135,7 @@ def test_the_driver_and_the_executors_refresh_alike(spark, night, tmp_path, monk
     assert_same(found[0], state_of(found[1]))
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_micro_batch_that_refreshes_nobody_is_committed_all_the_same(spark, night, tmp_path):
     storage, settings = night("nobody")
     layer = started(storage, settings)
@@ -146,7 +146,7 @@ def test_a_micro_batch_that_refreshes_nobody_is_committed_all_the_same(spark, ni
     assert storage.read(REFRESHES).where("writer = 'stream one'").count() == 1
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_commits_of_driver_and_executors_are_merged_together(spark, night, tmp_path, monkeypatch):
     storage, settings = night("mixed")
     layer = started(storage, settings)
@@ -169,8 +169,10 @@ def test_commits_of_driver_and_executors_are_merged_together(spark, night, tmp_p
     assert {r["user_id"] for r in [*rows[:40], *back]} <= stored
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("most", [0, commits.LOCAL_USERS])
+@pytest.mark.parametrize(
+    "most",
+    [pytest.param(0, marks=pytest.mark.faults), pytest.param(commits.LOCAL_USERS, marks=pytest.mark.slow)],
+)
 def test_a_consumed_item_stays_away_when_it_no_longer_fits_into_the_state(spark, night, tmp_path, monkeypatch, most):
     monkeypatch.setattr(commits, "LOCAL_USERS", most)
     storage, settings = night("overflow")
@@ -238,7 +240,7 @@ def crash(*_args, **_kwargs):
     [
         "append:refreshes",
         *[
-            pytest.param(where, marks=pytest.mark.slow)
+            pytest.param(where, marks=pytest.mark.faults)
             for where in ("commit", "merge", "_merge_states", "_merge_lists")
         ],
     ],
@@ -271,7 +273,7 @@ def test_killed_between_any_two_writes_it_ends_in_the_undisturbed_state(spark, n
     assert counted.where("count > 1").isEmpty()
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_what_was_half_booked_comes_again_under_another_checkpoint_and_counts_once(spark, night, tmp_path, monkeypatch):
     """Killed when raw_events had the rows and events had not; the new checkpoint brings them in a later batch."""
     storage, settings = night("half")

@@ -87,7 +87,7 @@ def test_a_running_stream_takes_up_columns_that_a_delta_table_gains_and_loses(sp
     assert payload_of(storage, '"d1"')["extra"] == "kept"
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_column_that_a_delta_table_drops_and_adds_again_with_another_type_is_validated_like_any_other(
     spark, night, tmp_path
 ):
@@ -111,7 +111,7 @@ def test_a_column_that_a_delta_table_drops_and_adds_again_with_another_type_is_v
     assert payload_of(storage, '"d2"')["event_time"] == "soon"
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_delta_table_that_was_rewritten_with_another_type_needs_a_new_checkpoint(spark, night, tmp_path):
     storage, settings = night("rewritten")
     before, table = check(storage), str(tmp_path / "source")

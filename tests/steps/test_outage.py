@@ -90,7 +90,7 @@ def test_a_backlog_is_worked_off_in_bounded_micro_batches_and_memory(night, tmp_
     assert max(used) < MOST_MEMORY_MB
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_micro_batch_wider_than_the_driver_takes_stops_nothing(night, tmp_path):
     storage, settings = night("wide")
     rows = [f'{{"user_id":"u000","item_id":"i01","event_time":"soon {n}","pad":"{"x" * 10**6}"}}' for n in range(40)]
