@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import pytest
 import torch
 from learning_data import make_windows, ring_sequences
 from nightstream.errors import ArtifactError
+from nightstream.models import artifacts
 from nightstream.models.arrays import RANK, TRAIN, VALID, Catalogue, ItemFeatures, UserFeatures
 from nightstream.models.artifacts import from_artifacts, to_artifacts
 from nightstream.models.model import Model
-from nightstream.models.ranking import reasons
+from nightstream.models.ranking import candidate_sources, rank_features, reasons, strategies
 from nightstream.models.ranking.ranker import RankerSizes
+from nightstream.models.ranking.sources.registry import SOURCES
 from nightstream.models.ranking.strategies import STRATEGIES
 from nightstream.models.ranking.topk import BLOCK
 from nightstream.training.pipeline import LearnSpec, learn, refit_epochs
@@ -232,6 +235,27 @@ def test_artifacts_there_and_back_give_the_same_lists(model: Model, catalogue: C
     a, b = model.recommend(windows, catalogue, 5), again.recommend(windows, replace(catalogue, vectors=vectors), 5)
     np.testing.assert_array_equal(a.rows, b.rows)
     np.testing.assert_array_equal(a.scores, b.scores)
+
+
+def test_a_process_that_registered_the_sources_in_another_order_gives_the_same_lists(
+    model: Model, catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = windows_of([ring(s, 5) for s in range(9)])
+    before, files = model.recommend(windows, catalogue, 5), to_artifacts(model)
+    order = dict(reversed(SOURCES.items()))
+    for registry in (artifacts, candidate_sources, rank_features, strategies):
+        monkeypatch.setattr(registry, "SOURCES", order)
+    after = from_artifacts(files).recommend(windows, catalogue, 5)
+    np.testing.assert_array_equal(after.rows, before.rows)
+    np.testing.assert_array_equal(after.scores, before.scores)
+
+
+def test_files_that_name_no_sources_have_them_in_the_registrys_order(model: Model) -> None:
+    files = to_artifacts(model)
+    about = json.loads(files["model.json"])
+    assert about.pop("sources") == list(SOURCES)
+    older = from_artifacts(files | {"model.json": json.dumps(about).encode()})
+    assert older.sources.names == model.sources.names
 
 
 def test_missing_and_damaged_artifacts_are_refused(model: Model) -> None:

@@ -29,6 +29,7 @@ from nightstream.models.model import Member, Model
 from nightstream.models.ranking.candidate_sources import Sources
 from nightstream.models.ranking.rank_features import RankerFeatures
 from nightstream.models.ranking.ranker import Ranker
+from nightstream.models.ranking.sources.registry import SOURCES
 
 FORMAT = 1
 
@@ -51,6 +52,7 @@ def to_artifacts(model: Model) -> dict[str, bytes]:
         "item_ids": model.item_ids,
         "event_types": model.event_types,
         "members": members,
+        "sources": list(model.sources.names),
         "ranker_enabled": model.ranker_enabled,
         "metrics": model.metrics,
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
@@ -68,7 +70,8 @@ def from_artifacts(files: Mapping[str, bytes]) -> Model:
             if hashlib.sha256(files[name]).hexdigest() != digest:
                 raise ArtifactError(f"{name} is damaged: its checksum is not the one in model.json")
         members = [_member(m, files[f"encoder.{m['name']}.safetensors"]) for m in about["members"]]
-        sources = Sources.from_arrays(load_arrays(files["sources.safetensors"]))
+        arrays = load_arrays(files["sources.safetensors"])
+        sources = Sources.from_arrays(arrays, about.get("sources") or _registered(arrays))
         ranker = None
         if "ranker.ubj" in about["sha256"]:
             reads = RankerFeatures(tuple(m.name for m in members), sources.names)
@@ -111,6 +114,11 @@ def load_encoders(
     for prefix, encoder in (("items.", items), ("sequence.", sequence)):
         encoder.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     return items, sequence
+
+
+def _registered(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """The sources of a model whose files don't name them: it was trained when the registry's order was the only one."""
+    return [name for name, kind in SOURCES.items() if any(array in arrays for array in kind.arrays)]
 
 
 def _member(about: Mapping[str, Any], data: bytes) -> Member:

@@ -7,6 +7,7 @@ import pytest
 from learning_data import no_users, ring_sequences
 from nightstream.errors import ArtifactError
 from nightstream.models.arrays import RANK, TRAIN
+from nightstream.models.ranking import candidate_sources
 from nightstream.models.ranking.candidate_sources import Sources, SourceSizes, fit_sources
 from nightstream.models.ranking.sources.neighbours import Covisitation, ItemKnn
 from nightstream.models.ranking.sources.registry import SOURCES
@@ -24,29 +25,44 @@ def test_events_of_other_roles_are_not_counted() -> None:
 def test_arrays_there_and_back_and_a_missing_one_is_named() -> None:
     sources = fit_sources(ring_sequences(), 30, (TRAIN,), SourceSizes(recency=0.7))
     arrays = sources.to_arrays()
-    again = Sources.from_arrays(arrays)
+    again = Sources.from_arrays(arrays, sources.names)
     assert (again.names, again.recency) == (tuple(SOURCES), 0.7)
     for name, array in again.to_arrays().items():
         np.testing.assert_array_equal(array, arrays[name], err_msg=name)
     for name in ("popularity", "recency", "knn.data", "segment_offsets"):
         with pytest.raises(ArtifactError, match=name):
-            Sources.from_arrays({k: v for k, v in arrays.items() if k != name})
+            Sources.from_arrays({k: v for k, v in arrays.items() if k != name}, sources.names)
+
+
+def without(fitted: Sources, name: str) -> Sources:
+    arrays = {k: v for k, v in fitted.to_arrays().items() if k not in SOURCES[name].arrays}
+    return Sources.from_arrays(arrays, [n for n in fitted.names if n != name])
 
 
 def test_a_model_keeps_the_sources_that_it_was_trained_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    arrays = fit_sources(ring_sequences(), 30, (TRAIN,), SourceSizes()).to_arrays()
-    earlier = Sources.from_arrays({k: v for k, v in arrays.items() if not k.startswith("knn.")})
+    sources = fit_sources(ring_sequences(), 30, (TRAIN,), SourceSizes())
+    earlier = without(sources, "knn")
     assert earlier.names == ("covisitation", "popularity", "trend", "segments")
     with pytest.raises(KeyError, match="knn"):
         earlier.get(ItemKnn)
-    monkeypatch.delitem(SOURCES, "trend")
+    with pytest.raises(ArtifactError, match=r"the arrays knn\.data"):
+        Sources.from_arrays(sources.to_arrays(), earlier.names)
+    fewer = {name: kind for name, kind in SOURCES.items() if name != "trend"}
+    monkeypatch.setattr(candidate_sources, "SOURCES", fewer)
     with pytest.raises(ArtifactError, match=r"not registered here \(trend\)"):
-        Sources.from_arrays(arrays)
+        Sources.from_arrays(sources.to_arrays(), sources.names)
+
+
+def test_sources_keep_their_order_whatever_the_registrys_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranker's columns follow it, and a worker may have registered the same sources in another order."""
+    sources = fit_sources(ring_sequences(), 30, (TRAIN,), SourceSizes())
+    monkeypatch.setattr(candidate_sources, "SOURCES", dict(reversed(SOURCES.items())))
+    assert Sources.from_arrays(sources.to_arrays(), sources.names).names == sources.names
+    assert fit_sources(ring_sequences(), 30, (TRAIN,), SourceSizes()).names == sources.names[::-1]
 
 
 def test_without_segments_the_share_among_all_users_counts() -> None:
-    arrays = fit_sources(ring_sequences(), 30, (TRAIN,), SourceSizes()).to_arrays()
-    sources = Sources.from_arrays({k: v for k, v in arrays.items() if not k.startswith("segment")})
+    sources = without(fit_sources(ring_sequences(), 30, (TRAIN,), SourceSizes()), "segments")
     items = np.array([[3, 0, 7]])
     np.testing.assert_array_equal(sources.segment_scores(no_users(1), items), sources.popularity[items])
 

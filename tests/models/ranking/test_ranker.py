@@ -56,8 +56,14 @@ def test_bytes_there_and_back(ranker: Ranker) -> None:
 def test_damaged_or_foreign_bytes_are_refused(ranker: Ranker) -> None:
     with pytest.raises(ArtifactError, match="XGBoost"):
         Ranker.from_bytes(b"{nonsense", READS)
-    with pytest.raises(ArtifactError, match="features"):
+    with pytest.raises(ArtifactError, match="18 features, its model 21"):
         Ranker.from_bytes(ranker.to_bytes(), RankerFeatures(("gru", "cnn"), tuple(SOURCES)))
+
+
+def test_a_ranker_of_the_same_features_in_another_order_is_refused(ranker: Ranker) -> None:
+    reads = RankerFeatures(("gru",), tuple(reversed(SOURCES)))
+    with pytest.raises(ArtifactError, match="from the feature covisitation where its model gives segment_lift"):
+        Ranker.from_bytes(ranker.to_bytes(), reads)
 
 
 def test_groups_without_their_target_are_left_out_and_nothing_to_learn_gives_none() -> None:

@@ -5,6 +5,7 @@ All arrays are in vocabulary rows: 1-based rows of the items that the model was 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -24,8 +25,8 @@ Kind = TypeVar("Kind", bound=CandidateSource)
 
 @dataclass(frozen=True)
 class Sources:
-    """What the sequences say without a trained vector. fitted: by name, in the registry's order, popularity among
-    them. recency: as in SourceSizes."""
+    """What the sequences say without a trained vector. fitted: by name, in the order of the ranker's columns,
+    popularity among them. recency: as in SourceSizes."""
 
     fitted: dict[str, CandidateSource]
     recency: float
@@ -60,28 +61,30 @@ class Sources:
         return arrays
 
     @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Sources:
-        """What to_arrays gave: the sources that have arrays there.
+    def from_arrays(cls, arrays: dict[str, np.ndarray], names: Sequence[str]) -> Sources:
+        """What to_arrays gave. names: of the sources, in the order that they had; the registry's may be another.
 
         Raises:
-            ArtifactError: An array is missing, or one belongs to no registered source.
+            ArtifactError: An array is missing, a source is not registered, or an array belongs to none of them.
         """
+        if missing := [name for name in names if name not in SOURCES]:
+            raise ArtifactError(
+                "the model was trained with candidate sources that are not registered here "
+                f"({', '.join(missing)}); register them or publish another version"
+            )
         left = dict(arrays)
-        fitted: dict[str, CandidateSource] = {}
         try:
             recency = float(left.pop("recency")[0])
-            for name, kind in SOURCES.items():
-                own = {n: left.pop(n) for n in kind.arrays if n in left}
-                if own or kind is Popularity:
-                    fitted[name] = kind.from_arrays(own)
+            fitted = {name: _restored(SOURCES[name], left) for name in names}
         except (KeyError, ValueError) as error:
             raise ArtifactError(f"the candidate sources are incomplete: {error}") from error
         if left:
-            raise ArtifactError(
-                "the model was trained with candidate sources that are not registered here "
-                f"({', '.join(sorted(left))}); register them or publish another version"
-            )
+            raise ArtifactError(f"no candidate source of the model has the arrays {', '.join(sorted(left))}")
         return cls(fitted, recency)
+
+
+def _restored(kind: type[CandidateSource], left: dict[str, np.ndarray]) -> CandidateSource:
+    return kind.from_arrays({name: left.pop(name) for name in kind.arrays if name in left})
 
 
 def fit_sources(sequences: Sequences, vocabulary: int, roles: tuple[int, ...], sizes: SourceSizes) -> Sources:

@@ -68,7 +68,7 @@ class Ranker:
         trees (Saabas, 2014)."""
         if not len(features):
             return np.zeros((0, features.shape[1]), np.float32)
-        matrix = xgb.DMatrix(features, nthread=1)
+        matrix = xgb.DMatrix(features, feature_names=self.booster.feature_names, nthread=1)
         out = self.booster.predict(matrix, pred_contribs=True, approx_contribs=True)
         return np.asarray(out[:, :-1], np.float32) + self.linear.contributions(features)
 
@@ -79,7 +79,7 @@ class Ranker:
 
     @classmethod
     def from_bytes(cls, data: bytes, reads: RankerFeatures) -> Ranker:
-        """ArtifactError for anything but a booster of these features."""
+        """ArtifactError for anything but a booster of these features, in this order."""
         try:
             booster = xgb.Booster(model_file=bytearray(data))
             columns = booster.num_features()
@@ -87,6 +87,10 @@ class Ranker:
             raise ArtifactError("the ranker is not a readable XGBoost model") from error
         if columns != len(reads.names):
             raise ArtifactError(f"the ranker has {columns} features, its model {len(reads.names)}")
+        learnt = booster.feature_names or reads.names
+        if learnt != reads.names:
+            other = next(pair for pair in zip(learnt, reads.names, strict=True) if pair[0] != pair[1])
+            raise ArtifactError(f"the ranker has learnt from the feature {other[0]} where its model gives {other[1]}")
         return cls(booster, Linear.from_json(booster.attr("linear") or ""))
 
 
@@ -135,4 +139,7 @@ def train_ranker(
         early_stopping_rounds=sizes.patience,
         verbose_eval=False,
     )
-    return Ranker(booster[: booster.best_iteration + 1], linear)
+    best = booster[: booster.best_iteration + 1]
+    # They go into the file, so that a ranker never reads one column for another.
+    best.feature_names = reads.names
+    return Ranker(best, linear)

@@ -7,8 +7,8 @@ from nightstream.models.ranking.sources.neighbours import Covisitation, ItemKnn
 from nightstream.models.ranking.sources.segments import Segments
 from nightstream.models.ranking.sources.shares import Popularity, Trend
 
-# The order is that of the ranker's columns: a new source goes to the end. A model keeps the sources that it was trained
-# with, so one that was trained before a source came still reads and ranks.
+# A model keeps the sources that it was trained with, in the order that they had then, which is that of its ranker's
+# columns. So one that was trained before a source came still reads and ranks.
 SOURCES: dict[str, type[CandidateSource]] = {
     "covisitation": Covisitation,
     "knn": ItemKnn,
