@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from nightstream.models.arrays import RANK, TRAIN, VALID, Catalogue, ItemFeatures, Sequences, UserFeatures, Windows
+from nightstream.models.encoders import EncoderSizes, ItemEncoder, ItemSizes, build_sequence_encoder
+from nightstream.models.model import Member, Model
+from nightstream.models.ranking.candidate_sources import SourceSizes, fit_sources
 
 SECOND = 1_000_000
 
@@ -59,3 +63,13 @@ def make_windows(
 def catalogue_of(vectors: np.ndarray, ids: list[str] | None = None) -> Catalogue:
     ids = ids if ids is not None else [f"i{n}" for n in range(1, len(vectors) + 1)]
     return Catalogue(ids, vectors, np.ones(len(ids), bool), [f"Title {i}" for i in ids])
+
+
+def untrained_model(sequences: Sequences, items: int = 30, width: int = 8, seed: int = 0) -> Model:
+    """Vectors that say nothing, and the sources that are registered."""
+    torch.manual_seed(seed)
+    sizes = EncoderSizes("gru", width, 10, 3, 16, 1, 1, 0.0, 1, 0, ())
+    encoder = ItemEncoder(ItemSizes(items, width, 0, (), 2, "none", 0.0))
+    member = Member("gru", encoder, build_sequence_encoder(sizes), 1.0, np.ones(items, bool))
+    sources = fit_sources(sequences, items, (TRAIN,), SourceSizes())
+    return Model([f"i{n}" for n in range(1, items + 1)], ["event"], [member], sources)

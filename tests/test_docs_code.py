@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from learning_data import catalogue_of, make_windows, plain_items, ring_sequences
+from learning_data import catalogue_of, make_windows, plain_items, ring_sequences, untrained_model
 from nightstream.models.array_files import save_item_features, save_sequences
 from nightstream.models.arrays import RANK, TRAIN, VALID, Catalogue, ItemFeatures, Sequences
 from nightstream.models.artifacts import from_artifacts, to_artifacts
 from nightstream.models.encoders import Batch, EncoderSizes, ItemEncoder, ItemSizes, build_sequence_encoder
 from nightstream.models.encoders.content import ItemBatch
 from nightstream.models.encoders.factory import CONTENT_ENCODERS, ENCODERS
-from nightstream.models.model import Member, Model
-from nightstream.models.ranking.candidate_sources import SourceSizes, fit_sources
+from nightstream.models.model import Model
 from nightstream.models.ranking.rank_features import RankerFeatures
 from nightstream.models.ranking.ranker import RankerSizes, train_ranker
 from nightstream.models.ranking.sources.registry import SOURCES
@@ -56,16 +55,6 @@ def run_example(heading: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module.__name__, module)
     for block in blocks:
         exec(compile(block, str(PAGE), "exec", dont_inherit=True), vars(module))
-
-
-def untrained_model(sequences: Sequences) -> Model:
-    """Vectors that say nothing, and the sources that are registered."""
-    torch.manual_seed(0)
-    sizes = EncoderSizes("gru", WIDTH, 10, 3, 16, 1, 1, 0.0, 1, 0, ())
-    items = ItemEncoder(ItemSizes(ITEMS, WIDTH, 0, (), 2, "none", 0.0))
-    member = Member("gru", items, build_sequence_encoder(sizes), 1.0, np.ones(ITEMS, bool))
-    sources = fit_sources(sequences, ITEMS, (TRAIN,), SourceSizes())
-    return Model([f"i{n}" for n in range(1, ITEMS + 1)], ["event"], [member], sources)
 
 
 def with_ranker(model: Model, sequences: Sequences, catalogue: Catalogue) -> Model:

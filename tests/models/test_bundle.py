@@ -7,13 +7,18 @@ import json
 import os
 
 import pyarrow as pa
+import torch
 import world
+from learning_data import ring_sequences, untrained_model
 from nightstream.ingest.ledger import parsed
 from nightstream.models import bundle
+from nightstream.models.artifacts import to_artifacts
+from nightstream.models.features import Attributes, FeatureStatistics, Scale
 from nightstream.runtime import clock
 from nightstream.serving import catalogue, speed_layer
 from nightstream.store import registry
 
+NOTHING = Attributes(numbers={}, categories={})
 ARRIVING = "payload string, source string, position string, arrival_time timestamp"
 
 
@@ -24,7 +29,7 @@ def test_a_worker_decodes_a_payload_once(spark, night):
 
     def look(batches):
         for batch in batches:
-            key = (given.model_version, given.catalogue_version)
+            key = (given.model_version, given.catalogue_version, given.fingerprint)
             kept = bundle._LOADED.get(key) is given.load()
             yield pa.RecordBatch.from_pydict({"process": [os.getpid()] * len(batch), "kept": [kept] * len(batch)})
 
@@ -33,6 +38,24 @@ def test_a_worker_decodes_a_payload_once(spark, night):
     seen = [row for _ in range(8) for row in rows.collect()]
     assert not {r.process for r in seen} & {os.getpid()}
     assert len(seen) > sum(not r.kept for r in seen) == len({r.process for r in seen}) > 0
+
+
+def test_files_of_one_name_are_told_apart():
+    """Two installations may train at the same moment, and their tasks may share a worker."""
+    files = []
+    for seed, words in ((1, ()), (2, ()), (2, ("more",))):
+        statistics = FeatureStatistics(
+            event_types=("event",), value=Scale(mean=0.0, deviation=1.0), items=NOTHING, users=NOTHING, words=words,
+            max_tokens=0,
+        )  # fmt: skip
+        model = to_artifacts(untrained_model(ring_sequences(), seed=seed))
+        files.append(model | {bundle.FEATURES_FILE: statistics.to_json().encode()})
+    payloads = [bundle.Payload("of one name", "", each, catalogue.NO_ITEMS) for each in files]
+    vectors = [p.load().model.members[0].items.ids.weight for p in payloads]
+    assert not torch.equal(vectors[0], vectors[1])
+    assert torch.equal(vectors[1], vectors[2])
+    assert [p.load().statistics.words for p in payloads] == [(), (), ("more",)]
+    assert dataclasses.replace(payloads[2]).load() is payloads[2].load()
 
 
 def test_the_driver_decodes_nothing_between_micro_batches_unless_the_version_changes(spark, night, monkeypatch):

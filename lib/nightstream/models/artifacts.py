@@ -32,6 +32,7 @@ from nightstream.models.ranking.ranker import Ranker
 from nightstream.models.ranking.sources.registry import SOURCES
 
 FORMAT = 1
+MODEL_FILE = "model.json"
 
 
 def to_artifacts(model: Model) -> dict[str, bytes]:
@@ -57,13 +58,13 @@ def to_artifacts(model: Model) -> dict[str, bytes]:
         "metrics": model.metrics,
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
-    return {"model.json": json.dumps(about).encode(), **files}
+    return {MODEL_FILE: json.dumps(about).encode(), **files}
 
 
 def from_artifacts(files: Mapping[str, bytes]) -> Model:
     """The model that to_artifacts wrote. Raises ArtifactError for a missing, damaged or unknown part."""
     try:
-        about = json.loads(files["model.json"])
+        about = json.loads(files[MODEL_FILE])
         if about["format"] != FORMAT:
             raise ArtifactError(f"model format {about['format']} is not known here")
         for name, digest in about["sha256"].items():

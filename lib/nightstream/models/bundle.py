@@ -6,7 +6,9 @@ decodes it once and keeps it until another version comes.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -14,14 +16,14 @@ import pyarrow as pa
 from nightstream.errors import ArtifactError
 from nightstream.models.arrays import Catalogue
 from nightstream.models.arrow import combined
-from nightstream.models.artifacts import from_artifacts
+from nightstream.models.artifacts import MODEL_FILE, from_artifacts
 from nightstream.models.features import FeatureStatistics
 from nightstream.models.model import Model
 
 FEATURES_FILE = "features.json"
 KEPT_IN_A_WORKER = 2
 
-_LOADED: dict[tuple[str, str], Loaded] = {}
+_LOADED: dict[tuple[str, str, str], Loaded] = {}
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,16 @@ class Payload:
     files: dict[str, bytes]
     catalogue: bytes
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells files of one name apart: two installations may name a version alike, and a worker serve both."""
+        # model.json holds the checksums of the encoders, the sources and the ranker.
+        told = (self.files.get(MODEL_FILE, b""), self.files.get(FEATURES_FILE, b""))
+        return hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in told)).hexdigest()
+
     def load(self) -> Loaded:
         """Decode, or take what this process decoded earlier."""
-        key = (self.model_version, self.catalogue_version)
+        key = (self.model_version, self.catalogue_version, self.fingerprint)
         if key not in _LOADED:
             while len(_LOADED) >= KEPT_IN_A_WORKER:
                 del _LOADED[next(iter(_LOADED))]

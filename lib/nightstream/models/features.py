@@ -1,6 +1,6 @@
 """Normalisation whose statistics travel with the model, so that serving reads content exactly as training did.
 
-Pure numpy and pyarrow, because it runs in Spark's Python workers; feature_fit gathers the statistics.
+Pure numpy and pyarrow, because it runs in Spark's Python workers; training.feature_statistics gathers what it reads.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Attributes(BaseModel):
 
 
 class FeatureStatistics(BaseModel):
-    """All that normalisation needs to know; see feature_fit.fit."""
+    """All that normalisation needs to know; see training.feature_statistics.fit."""
 
     model_config = ConfigDict(frozen=True)
 

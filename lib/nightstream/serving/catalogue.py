@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import uuid
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -87,9 +86,12 @@ def load_payload(storage: Storage, version: str, files: dict[str, bytes] | None 
         raise TableError(
             f"model {version} has no rows in {ITEM_EMBEDDINGS.name}; publish another version or train anew"
         )
+    return _packed(version, files or registry.load_artifacts(storage, version), table)
+
+
+def _packed(version: str, files: dict[str, bytes], table: pa.Table) -> Payload:
     content = encode_catalogue(table)
-    digest = hashlib.sha256(content).hexdigest()[:12]
-    return Payload(version, digest, files or registry.load_artifacts(storage, version), content)
+    return Payload(version, hashlib.sha256(content).hexdigest()[:12], files, content)
 
 
 def payload_of(name: str, files: dict[str, bytes], items: DataFrame) -> Payload:
@@ -97,11 +99,9 @@ def payload_of(name: str, files: dict[str, bytes], items: DataFrame) -> Payload:
 
     Both are bounded by what one worker must hold.
     """
-    # Workers keep what they decode by name and catalogue version, and other files may have had this name before.
-    encoder = Payload(name, uuid.uuid4().hex, files, NO_ITEMS)
-    embedded = embed(items, encoder).select("item_id", "vector")
+    embedded = embed(items, Payload(name, "", files, NO_ITEMS)).select("item_id", "vector")
     table = items.join(embedded, "item_id").select("item_id", "title", "available", "vector").toArrow()
-    return Payload(name, encoder.catalogue_version + "+", files, encode_catalogue(table))
+    return _packed(name, files, table)
 
 
 def embed_changed(storage: Storage, items: DataFrame, payload: Payload, attempts: int) -> int:
