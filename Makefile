@@ -70,7 +70,7 @@ lint: venv ## ruff: rules, format and import order; import-linter: which package
 types: venv ## mypy
 	@$(BIN)/mypy
 
-test: venv lint types ## lint, types and every test that is not slow
+test: venv lint types ## lint, types and the fast tests
 	@$(BIN)/pytest -m "not slow and not faults and not docs"
 
 # Exit code 5 of pytest means that it collected no test: there is nothing slow yet, and saying so beats a red run.

@@ -74,6 +74,6 @@ def recomputed(storage: Storage, settings: Settings, folder: Path) -> tuple[dict
     below `folder`."""
     shutil.copytree(settings.storage.root, folder / "tables")
     copy = Storage(storage.spark, settings.storage.model_copy(update={"root": str(folder / "tables")}))
-    payload = catalogue.load_payload(copy, registry.published(copy).model_version)
-    batch_layer.apply_all(copy, settings, payload, "recomputation", 0, NOW)
+    bundle = catalogue.load_bundle(copy, registry.published(copy).model_version)
+    batch_layer.apply_all(copy, settings, bundle, "recomputation", 0, NOW)
     return state_of(copy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -11,7 +12,7 @@ import world
 from nightstream.errors import RejectedError
 from nightstream.evaluation import gate
 from nightstream.models.artifacts import from_artifacts, to_artifacts
-from nightstream.models.bundle import FEATURES_FILE, Payload
+from nightstream.models.bundle import FEATURES_FILE, Bundle
 from nightstream.serving import catalogue
 from nightstream.steps import nightly, publish
 from nightstream.store import registry
@@ -129,8 +130,8 @@ def trained(storage, version: str, at: datetime, serving_part: bool, early_part:
     serves = damaged(serves) if serving_part else serves
     early = (damaged(early) if early_part else early) | {gate.HELD_OUT_FILE: held_out}
     registry.save_artifacts(storage, version, serves | {f"{gate.FOLDER}/{k}": v for k, v in early.items()})
-    payload = Payload(version, "", serves, catalogue.NO_ITEMS)
-    storage.append(ITEM_EMBEDDINGS, catalogue.embed(storage.read(ITEMS), payload))
+    bundle = Bundle(version, "", serves, catalogue.NO_ITEMS)
+    storage.append(ITEM_EMBEDDINGS, catalogue.embed(storage.read(ITEMS), bundle))
     registry.record(storage, version, registry.TRAINED, at, {}, {"validation": 0.5}, [])
 
 
@@ -217,6 +218,13 @@ def test_only_events_newer_than_what_either_model_has_learnt_are_judged(spark, n
     # A published model that had held back half as much.
     registry.save_artifacts(storage, first, files | gate.artifacts(early, times[-13], times[-1]))
     assert gate.judge(storage, small_gate(settings, min_events=1), "as good").numbers["gate.events"] == 12
+    # One with a source that nobody has registered here.
+    about = json.loads(early["model.json"])
+    unknown = {"model.json": json.dumps({**about, "sources": [*about["sources"], "weather"]}).encode()}
+    registry.save_artifacts(storage, first, files | gate.artifacts(early | unknown, times[-13], times[-1]))
+    verdict = gate.judge(storage, small_gate(settings, min_events=1), "as good")
+    assert verdict.outcome == gate.UNJUDGED
+    assert "weather" in verdict.reason
     # One from before there was a gate.
     registry.save_artifacts(storage, first, files)
     verdict = gate.judge(storage, small_gate(settings), "as good")

@@ -22,9 +22,9 @@ NOTHING = Attributes(numbers={}, categories={})
 ARRIVING = "payload string, source string, position string, arrival_time timestamp"
 
 
-def test_a_worker_decodes_a_payload_once(spark, night):
+def test_a_worker_decodes_a_bundle_once(spark, night):
     storage, _ = night("worker")
-    published = catalogue.load_payload(storage, registry.published(storage).model_version)
+    published = catalogue.load_bundle(storage, registry.published(storage).model_version)
     given = dataclasses.replace(published, catalogue_version="met by no worker yet")
 
     def look(batches):
@@ -50,19 +50,19 @@ def test_files_of_one_name_are_told_apart():
         )  # fmt: skip
         model = to_artifacts(untrained_model(ring_sequences(), seed=seed))
         files.append(model | {bundle.FEATURES_FILE: statistics.to_json().encode()})
-    payloads = [bundle.Payload("of one name", "", each, catalogue.NO_ITEMS) for each in files]
-    vectors = [p.load().model.members[0].items.ids.weight for p in payloads]
+    bundles = [bundle.Bundle("of one name", "", each, catalogue.NO_ITEMS) for each in files]
+    vectors = [p.load().model.members[0].items.ids.weight for p in bundles]
     assert not torch.equal(vectors[0], vectors[1])
     assert torch.equal(vectors[1], vectors[2])
-    assert [p.load().statistics.words for p in payloads] == [(), (), ("more",)]
-    assert dataclasses.replace(payloads[2]).load() is payloads[2].load()
+    assert [p.load().statistics.words for p in bundles] == [(), (), ("more",)]
+    assert dataclasses.replace(bundles[2]).load() is bundles[2].load()
 
 
 def test_the_driver_decodes_nothing_between_micro_batches_unless_the_version_changes(spark, night, monkeypatch):
     storage, settings = night("driver")
     layer = speed_layer.SpeedLayer(storage, settings, lambda: "stream one", clock.utc_now)
     layer.start()
-    decoded, decode = [], bundle.Loaded.from_payload
+    decoded, decode = [], bundle.Loaded.from_bundle
 
     def counted(given):
         decoded.append(given.catalogue_version)
@@ -74,10 +74,10 @@ def test_the_driver_decodes_nothing_between_micro_batches_unless_the_version_cha
             parsed(spark.createDataFrame([(json.dumps(event), "test", f"p{number}", None)], ARRIVING), settings), number
         )
 
-    monkeypatch.setattr(bundle.Loaded, "from_payload", counted)
+    monkeypatch.setattr(bundle.Loaded, "from_bundle", counted)
     micro_batch(0)
     assert decoded == []
-    layer.payload = dataclasses.replace(layer.payload, catalogue_version="another")
+    layer.bundle = dataclasses.replace(layer.bundle, catalogue_version="another")
     micro_batch(1)
     micro_batch(2)
     assert decoded == ["another"]

@@ -34,7 +34,7 @@ def source(**more):
     ],
 )
 def test_what_the_progress_of_a_source_tells(told, expected):
-    assert backlog.told(told) == expected
+    assert backlog.reported(told) == expected
 
 
 def test_files_that_are_newer_than_what_was_read(settings, tmp_path):

@@ -208,6 +208,23 @@ def test_references_and_harmless_options_pass():
     assert settings.load([BASE], [f"stream.options={json.dumps(options)}"]).stream.options == options
 
 
+def test_installations_with_one_work_dir_have_scratch_folders_of_their_own(monkeypatch, tmp_path):
+    def scratch(*overrides):
+        return settings.load([BASE], ["storage.work_dir=/work", *overrides]).storage.scratch("training")
+
+    monkeypatch.chdir(tmp_path)
+    roots = ["storage.root=one", "storage.root=two", "storage.root=s3://one", "storage.root=one.two"]
+    folders = [scratch(root) for root in roots] + [scratch(roots[-1], "storage.kind=catalog")]
+    assert {folder.parent for folder in folders} == {Path("/work")}
+    assert len(set(folders)) == len(roots) + 1
+    # The same tables, however they are named, and from wherever in a catalog.
+    assert scratch(f"storage.root={tmp_path / 'one'}") == folders[0]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert scratch(roots[0]) != folders[0]
+    assert scratch(roots[-1], "storage.kind=catalog") == folders[-1]
+
+
 def test_every_setting_is_in_base_with_a_comment_on_its_range():
     """Each number in base.yaml says in its line what it may be."""
     bare = [
@@ -217,6 +234,10 @@ def test_every_setting_is_in_base_with_a_comment_on_its_range():
     ]
     assert bare == []
     assert settings.load([BASE])
+
+
+# Methods that read a key of their own section for others.
+READ_BY = {("StreamSettings", "resolved_options"): "options", ("StorageSettings", "scratch"): "work_dir"}
 
 
 @pytest.fixture(scope="module")
@@ -241,8 +262,7 @@ def reads() -> set[tuple[str, str]]:
                 for member in map(types.get_proper_type, members)
                 if isinstance(member, types.Instance) and member.type.module_name == settings.__name__
             }
-    # stream.options is read through the method that fills in the secrets.
-    return found | ({("StreamSettings", "options")} if ("StreamSettings", "resolved_options") in found else set())
+    return found | {(section, key) for (section, method), key in READ_BY.items() if (section, method) in found}
 
 
 def unread(keys: Iterable[tuple[str, type[settings.Section]]], reads: set[tuple[str, str]]) -> list[str]:

@@ -96,7 +96,7 @@ def one_batch(spark, night, tmp_path):
     storage, settings = night("batch")
     record(storage, parsed(payloads(spark, tmp_path, live_events(), "all"), settings), settings).release()
     version = registry.published(storage).model_version
-    batch_layer.apply_all(storage, settings, catalogue.load_payload(storage, version), "another night", 0, NOW)
+    batch_layer.apply_all(storage, settings, catalogue.load_bundle(storage, version), "another night", 0, NOW)
     _ONE_BATCH.append(state_of(storage))
     return _ONE_BATCH[0]
 
@@ -185,7 +185,7 @@ def test_a_consumed_item_stays_away_when_it_no_longer_fits_into_the_state(spark,
         listed = state_of(storage)[1]["u000"]
         assert len(listed) == settings.serving.top_k
         assert not consumed & {row["item_id"] for row in listed}
-    batch_layer.apply_all(storage, settings, layer.payload, "another night", 0, NOW)
+    batch_layer.apply_all(storage, settings, layer.bundle, "another night", 0, NOW)
     assert state_of(storage)[1]["u000"] == listed
 
 
@@ -205,7 +205,7 @@ def test_an_item_that_was_taken_back_after_it_overflowed_can_be_recommended_agai
         overflowed.append({"i20", "i21"} & {r.item_id for r in rows})
     assert overflowed == [{"i20"}, set(), {"i21"}]
     listed = state_of(storage)[1]["u000"]
-    batch_layer.apply_all(storage, settings, layer.payload, "another night", 0, NOW)
+    batch_layer.apply_all(storage, settings, layer.bundle, "another night", 0, NOW)
     assert state_of(storage)[1]["u000"] == listed
 
 
@@ -322,7 +322,7 @@ def test_an_unknown_user_has_a_list_after_the_first_event_and_an_unknown_item_is
     feed(layer, payloads(spark, tmp_path, [event], "newcomer"), 0)
     rows = storage.read(RECOMMENDATIONS).where("user_id = 'newcomer'").collect()
     assert len(rows) == settings.serving.top_k
-    assert "i-new" in layer.payload.load().catalogue.item_ids
+    assert "i-new" in layer.bundle.load().catalogue.item_ids
     assert storage.read(EVENTS).where("user_id = 'newcomer'").count() == 1
 
 
@@ -340,7 +340,7 @@ def test_a_newly_published_model_is_taken_over_by_slices_and_rolled_back(spark, 
     # As while a stream waits for the tables.
     registry.publish(storage, "other", NOW + timedelta(days=300))
     layer.start()
-    assert layer.payload.model_version == "other"
+    assert layer.bundle.model_version == "other"
     for version in ("other", first.model_version):
         for number in range(3):
             name = f"{version}-{number}"

@@ -61,8 +61,8 @@ def refresher(model: FirstUnseen, seen_limit: int = 3) -> Refresher:
     titles = [i.upper() for i in ITEMS]
     catalogue = Catalogue(ITEMS, np.ones((len(ITEMS), 2), np.float32), np.ones(len(ITEMS), bool), titles)
     loaded = SimpleNamespace(model=model, statistics=statistics, catalogue=catalogue, item_ids=pa.array(ITEMS))
-    payload: Any = SimpleNamespace(model_version="m1", catalogue_version="c1", load=lambda: loaded)
-    return Refresher(payload, FoldRules(LENGTH, seen_limit, model.event_types), TOP_K)
+    bundle: Any = SimpleNamespace(model_version="m1", catalogue_version="c1", load=lambda: loaded)
+    return Refresher(bundle, FoldRules(LENGTH, seen_limit, model.event_types), TOP_K)
 
 
 def at(second: int) -> datetime:

@@ -75,7 +75,7 @@ def test_a_new_item_is_listed_an_updated_one_encoded_anew_a_withdrawn_one_in_no_
     assert set(found) == users
     assert {i for i in before if after[i] != before[i]} == {UPDATED}
     assert after[NEW] != after["i22"]
-    assert NEW in layer.payload.load().catalogue.item_ids
+    assert NEW in layer.bundle.load().catalogue.item_ids
 
 
 @pytest.mark.slow

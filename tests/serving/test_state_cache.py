@@ -93,6 +93,19 @@ def test_a_commit_counts_before_it_is_merged_and_changed_attributes_do(spark, ni
     known.close()
 
 
+def test_a_driver_that_does_not_see_the_executors_files_asks_the_tables(
+    spark, night, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, _ = night("known")
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda self, name: iter(()) if name.startswith("part-") else glob(self, name))
+    known = StateCache(storage, tmp_path / "scratch")
+    known.start().result()
+    assert not known._states.is_complete
+    assert set(known.of(SOME, [], 100)[0]["user_id"].to_pylist()) == {"u000", "u001", "idle-left"}
+    known.close()
+
+
 def test_of_too_many_users_the_tables_are_asked(spark, night, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage, _ = night("known")
     monkeypatch.setattr(state_cache, "MOST_USERS", 3)

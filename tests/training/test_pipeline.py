@@ -241,13 +241,16 @@ def test_a_process_that_registered_the_sources_in_another_order_gives_the_same_l
     model: Model, catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     windows = windows_of([ring(s, 5) for s in range(9)])
-    before, files = model.recommend(windows, catalogue, 5), to_artifacts(model)
+    before, files, names = model.recommend(windows, catalogue, 5), to_artifacts(model), list(STRATEGIES)
     order = dict(reversed(SOURCES.items()))
     for registry in (artifacts, candidate_sources, rank_features, strategies):
         monkeypatch.setattr(registry, "SOURCES", order)
     after = from_artifacts(files).recommend(windows, catalogue, 5)
     np.testing.assert_array_equal(after.rows, before.rows)
     np.testing.assert_array_equal(after.scores, before.scores)
+    np.testing.assert_array_equal(after.because, before.because)
+    assert names != list(STRATEGIES)
+    assert [names[s] for s in before.strategies.ravel()] == [list(STRATEGIES)[s] for s in after.strategies.ravel()]
 
 
 def test_files_that_name_no_sources_have_them_in_the_registrys_order(model: Model) -> None:

@@ -33,7 +33,7 @@ from nightstream.errors import ArtifactError
 from nightstream.evaluation import offline
 from nightstream.evaluation.offline import Served
 from nightstream.ingest.history import entering, live
-from nightstream.models.bundle import Payload
+from nightstream.models.bundle import Bundle
 from nightstream.runtime.settings import Settings
 from nightstream.serving import catalogue
 from nightstream.store import registry
@@ -121,6 +121,8 @@ def judge(storage: Storage, settings: Settings, version: str) -> Verdict:
     candidate, after, until = _before_refit(storage, version)
     try:
         published, other_after, _ = _before_refit(storage, serving.model_version)
+        # A worker that could not decode it would fail the night.
+        Bundle(f"{serving.model_version} {FOLDER}", "", published, catalogue.NO_ITEMS).load()
     except ArtifactError as error:
         # A published model that cannot be read is no reason to keep its successor back.
         return Verdict(UNJUDGED, f"the published model {serving.model_version} cannot be judged: {error}", {})
@@ -129,21 +131,21 @@ def judge(storage: Storage, settings: Settings, version: str) -> Verdict:
     consumed = entering(events, settings.events.window_types)
     targets = sampled(consumed, max(after, other_after), until, rules.sample_events).persist()
     histories = consumed.join(targets.select("user_id").distinct(), "user_id", "left_semi").persist()
-    payload = catalogue.load_payload(storage, version)
-    payload.load()
+    bundle = catalogue.load_bundle(storage, version)
+    bundle.load()
     users = storage.read_or_empty(USERS)
-    served = Served(payload, users, settings.window.length, settings.events.window_types)
+    served = Served(bundle, users, settings.window.length, settings.events.window_types)
 
-    def gained(model: Payload) -> tuple[np.ndarray, np.ndarray]:
-        rows = offline.before_each(histories, targets, replace(served, payload=model))
+    def gained(model: Bundle) -> tuple[np.ndarray, np.ndarray]:
+        rows = offline.before_each(histories, targets, replace(served, bundle=model))
         # At most gate.sample_events rows.
         table = offline.gains(rows, CUTOFF).select("event_id", "user_id", "gain").toArrow().sort_by("event_id")
         return table["gain"].to_numpy(), table["user_id"].to_numpy()
 
     try:
-        refitted, who = gained(payload)
-        ours, _ = gained(catalogue.payload_of(f"{version} {FOLDER}", candidate, items))
-        theirs, _ = gained(catalogue.payload_of(f"{serving.model_version} {FOLDER}", published, items))
+        refitted, who = gained(bundle)
+        ours, _ = gained(catalogue.bundle_of(f"{version} {FOLDER}", candidate, items))
+        theirs, _ = gained(catalogue.bundle_of(f"{serving.model_version} {FOLDER}", published, items))
         return decide(theirs, ours, refitted, who, rules.margin, rules.min_events)
     finally:
         histories.unpersist()

@@ -16,7 +16,7 @@ from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from nightstream.models import ranking_metrics
-from nightstream.models.bundle import Payload
+from nightstream.models.bundle import Bundle
 from nightstream.serving.refresh import Refresher, refresh, unfolded
 from nightstream.serving.user_state import FoldRules
 from nightstream.store.tables import SEEN, WINDOW, WINDOW_EVENT
@@ -49,7 +49,7 @@ class Lister(Protocol):
 class Served:
     """What the refresh needs besides states and events: the model and the settings that shape a list."""
 
-    payload: Payload
+    bundle: Bundle
     users: DataFrame
     window_length: int
     window_types: Sequence[str]
@@ -57,7 +57,7 @@ class Served:
     def lists(self, states: DataFrame, events: DataFrame, users: DataFrame) -> DataFrame:
         """States and events -> user_id, items (the best LIST_LENGTH)."""
         rules = FoldRules(self.window_length, _ALL_SEEN, tuple(self.window_types))
-        refreshed = refresh(states, events, users, None, Refresher(self.payload, rules, LIST_LENGTH))
+        refreshed = refresh(states, events, users, None, Refresher(self.bundle, rules, LIST_LENGTH))
         return refreshed.select("user_id", "items")
 
 
@@ -174,7 +174,7 @@ def scores(rows: DataFrame, catalogue_size: int) -> list[dict[str, Any]]:
     items = ranked.select("delay_s", F.explode("items.item_id").alias("item_id"))
     covered = items.groupBy("delay_s").agg(F.count_distinct("item_id").alias("covered"))
     # One row per delay and kind of user: a handful.
-    found = by_group.join(covered, "delay_s", "left").orderBy("delay_s", "users").collect()
+    figures = by_group.join(covered, "delay_s", "left").orderBy("delay_s", "users").collect()
     ranked.unpersist()
     return [
         {
@@ -184,7 +184,7 @@ def scores(rows: DataFrame, catalogue_size: int) -> list[dict[str, Any]]:
             **{f"{m}@{k}": row[f"{m}@{k}"] for k in CUTOFFS for m in ("hr", "ndcg")},
             "coverage": (row.covered or 0) / max(catalogue_size, 1) if row["users"] == "all" else None,
         }
-        for row in found
+        for row in figures
     ]
 
 

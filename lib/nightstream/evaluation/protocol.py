@@ -75,7 +75,7 @@ def fit(settings: Settings, parts: Split) -> spark_job.Fitted:
 def served(settings: Settings, parts: Split, files: dict[str, bytes]) -> Served:
     """A fitted model's files as what the refresh serves."""
     return Served(
-        catalogue.payload_of("evaluation", files, parts.items),
+        catalogue.bundle_of("evaluation", files, parts.items),
         parts.users,
         settings.window.length,
         settings.events.window_types,

@@ -54,11 +54,11 @@ class Arrival:
     @classmethod
     def of(cls, cut: Cut) -> Arrival:
         """cut: with the `totals`."""
-        told = cut.totals
-        first, last = told["first_arrival"], told["last_arrival"]
-        times = (_time(told[n]) for n in ("first_arrival", "last_arrival", "oldest_event", "newest_event"))
+        totals = cut.totals
+        first, last = totals["first_arrival"], totals["last_arrival"]
+        times = (_time(totals[n]) for n in ("first_arrival", "last_arrival", "oldest_event", "newest_event"))
         span = None if first is None else (first, last)
-        return cls(cut.rows, cut.table, told["raw"], told["quarantine"], told["retractions"], span, *times)
+        return cls(cut.rows, cut.table, totals["raw"], totals["quarantine"], totals["retractions"], span, *times)
 
     @property
     def valid(self) -> int:

@@ -53,13 +53,13 @@ def resolved(
     totals |= {"retractions": F.count_if(retraction), "damaged": F.count_if(F.col("copies") > 1)}
     version = None if arrival.valid <= LOCAL_ROWS else storage.version(EVENTS)
     settled = cut(_settled(storage.read(EVENTS, version), arrival, retraction_type), totals, size=arrival.valid)
-    found = {name: settled.totals[name] for name in (*OUTCOMES, "retractions")}
-    if settled.totals["damaged"] or sum(found[outcome] for outcome in OUTCOMES) != arrival.valid:
+    counts = {name: settled.totals[name] for name in (*OUTCOMES, "retractions")}
+    if settled.totals["damaged"] or sum(counts[outcome] for outcome in OUTCOMES) != arrival.valid:
         raise TableError(
             "table events holds an event_id more than once, written by two processes at a time; "
             "keep the newest row of each event_id and move the others to duplicates"
         )
-    return Resolution(settled.rows, **found), [settled]
+    return Resolution(settled.rows, **counts), [settled]
 
 
 def _brings_only_new(storage: Storage, arrival: Arrival, retraction_type: str, id_filter: IdFilter | None) -> bool:
@@ -80,9 +80,9 @@ def _brings_only_new(storage: Storage, arrival: Arrival, retraction_type: str, i
     if id_filter is not None and not met_before:
         return True
     wanted = storage.spark.createDataFrame(valid.select(["event_id"]))
-    found = resolve.mentions(storage.read(EVENTS), F.broadcast(wanted), retraction_type)
+    mentioned = resolve.mentions(storage.read(EVENTS), F.broadcast(wanted), retraction_type)
     # A replay finds as many as it brings, and so many are on the driver already.
-    return found.select("event_id").toArrow().num_rows == 0
+    return mentioned.select("event_id").toArrow().num_rows == 0
 
 
 def _settled(before: DataFrame, arrival: Arrival, retraction_type: str) -> DataFrame:

@@ -84,12 +84,12 @@ def _mapped_by_header(source: Source, types: dict[str, str]) -> Source:
         c: None for c, t in types.items() if t == "token" and not _IDENTIFIER.search(c)
     }
     sequences = [c for c, t in types.items() if t == "token_seq"]
-    found: dict[str, object] = {"numbers": tuple(c for c, t in types.items() if t in ("float", "float_seq"))}
+    derived: dict[str, object] = {"numbers": tuple(c for c, t in types.items() if t in ("float", "float_seq"))}
     if isinstance(source, ItemSource):
-        found |= {"text": tuple(sequences), "title": source.title or next(iter(sequences), None)}
+        derived |= {"text": tuple(sequences), "title": source.title or next(iter(sequences), None)}
     else:
         categories |= dict.fromkeys(sequences, " ")
-    return source.model_copy(update={**found, "categories": categories})
+    return source.model_copy(update={**derived, "categories": categories})
 
 
 def _opened(spark: SparkSession, source: ItemSource | UserSource, wanted: list[str | None]) -> DataFrame:
@@ -224,8 +224,8 @@ class ItemsSource:
             state = formats.fingerprint(spark, source.format, source.path)
             if state == self._taken_up:
                 return
-            found = items(spark, source, self.settings.events.max_id_length)
-            merge(self.storage, ITEMS, found.rows, self.settings.serving.merge_attempts)
+            described = items(spark, source, self.settings.events.max_id_length)
+            merge(self.storage, ITEMS, described.rows, self.settings.serving.merge_attempts)
             self._taken_up = state
         except Exception as error:
             log.warning("the items stay as they were until their source can be read", extra={"error": str(error)[:300]})

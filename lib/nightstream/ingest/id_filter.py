@@ -67,9 +67,9 @@ class IdFilter:
             rows.where(F.col("retracts").isNotNull()).select(F.col("retracts_hash").alias("id_hash"))
         )
         # At most MOST_IDS numbers.
-        found = np.asarray(ids.toArrow()["id_hash"], np.int64)
+        added = np.asarray(ids.toArrow()["id_hash"], np.int64)
         recent = np.fromiter(self._recent, np.int64, len(self._recent))
-        self._keep(np.unique(np.concatenate([self._sorted, recent, found])))
+        self._keep(np.unique(np.concatenate([self._sorted, recent, added])))
 
     def _keep(self, hashes: np.ndarray) -> None:
         """hashes: distinct, ascending."""

@@ -66,9 +66,9 @@ def parse(
     """
     payloads = _readable(payloads)
     text, is_event = _texts(payloads, columns)
-    told = [n for n in EVENTS.schema.names if n not in RAW_EVENTS.schema.names]
+    added = [n for n in EVENTS.schema.names if n not in RAW_EVENTS.schema.names]
     return _checked(text, is_event, columns, time_unit, rules, reserved_user).select(
-        *payloads.columns, *told, "reason", "field"
+        *payloads.columns, *added, "reason", "field"
     )
 
 

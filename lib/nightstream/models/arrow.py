@@ -27,5 +27,5 @@ def names(items: Sequence[str], rows: np.ndarray) -> np.ndarray:
 
 def rows_of(values: pa.Array, ids: pa.Array) -> np.ndarray:
     """int64: 1-based positions of values in ids, 0 where absent."""
-    found = pc.index_in(values.cast(ids.type), value_set=ids)
-    return np.asarray(pc.fill_null(found, -1), dtype=np.int64) + 1
+    places = pc.index_in(values.cast(ids.type), value_set=ids)
+    return np.asarray(pc.fill_null(places, -1), dtype=np.int64) + 1

@@ -118,7 +118,7 @@ def load_encoders(
 
 
 def _registered(arrays: Mapping[str, np.ndarray]) -> list[str]:
-    """The sources of a model whose files don't name them: it was trained when the registry's order was the only one."""
+    """Names of the sources whose arrays are there, in the registry's order: for files that name no sources."""
     return [name for name, kind in SOURCES.items() if any(array in arrays for array in kind.arrays)]
 
 

@@ -1,6 +1,6 @@
 """What a Spark worker needs to encode and rank: one model version with its catalogue, as bytes that travel in a task.
 
-A payload is plain bytes so that it reaches workers the same way on a laptop, a cluster and over Spark Connect; a worker
+A bundle is plain bytes so that it reaches workers the same way on a laptop, a cluster and over Spark Connect; a worker
 decodes it once and keeps it until another version comes.
 """
 
@@ -27,7 +27,7 @@ _LOADED: dict[tuple[str, str, str], Loaded] = {}
 
 
 @dataclass(frozen=True)
-class Payload:
+class Bundle:
     """One model version and one version of its catalogue.
 
     files: the model's artifacts, features.json among them.
@@ -41,10 +41,10 @@ class Payload:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells files of one name apart: two installations may name a version alike, and a worker serve both."""
-        # model.json holds the checksums of the encoders, the sources and the ranker.
-        told = (self.files.get(MODEL_FILE, b""), self.files.get(FEATURES_FILE, b""))
-        return hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in told)).hexdigest()
+        """Hex sha256 of model.json, which holds the other files' checksums, and features.json: two installations may
+        give their versions one name."""
+        digests = (hashlib.sha256(self.files.get(name, b"")).digest() for name in (MODEL_FILE, FEATURES_FILE))
+        return hashlib.sha256(b"".join(digests)).hexdigest()
 
     def load(self) -> Loaded:
         """Decode, or take what this process decoded earlier."""
@@ -52,13 +52,13 @@ class Payload:
         if key not in _LOADED:
             while len(_LOADED) >= KEPT_IN_A_WORKER:
                 del _LOADED[next(iter(_LOADED))]
-            _LOADED[key] = Loaded.from_payload(self)
+            _LOADED[key] = Loaded.from_bundle(self)
         return _LOADED[key]
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A decoded payload: what a worker keeps between micro-batches."""
+    """A decoded bundle: what a worker keeps between micro-batches."""
 
     model: Model
     statistics: FeatureStatistics
@@ -66,14 +66,14 @@ class Loaded:
     item_ids: pa.Array
 
     @classmethod
-    def from_payload(cls, payload: Payload) -> Loaded:
-        files = dict(payload.files)
+    def from_bundle(cls, bundle: Bundle) -> Loaded:
+        files = dict(bundle.files)
         if FEATURES_FILE not in files:
             raise ArtifactError(
-                f"model {payload.model_version} lacks {FEATURES_FILE}; publish an older version or train anew"
+                f"model {bundle.model_version} lacks {FEATURES_FILE}; publish an older version or train anew"
             )
         statistics = FeatureStatistics.from_json(files.pop(FEATURES_FILE).decode())
-        catalogue, item_ids = decode_catalogue(payload.catalogue)
+        catalogue, item_ids = decode_catalogue(bundle.catalogue)
         return cls(from_artifacts(files), statistics, catalogue, item_ids)
 
     def withdrawn(self) -> pa.Table:

@@ -1,6 +1,7 @@
 """Normalisation whose statistics travel with the model, so that serving reads content exactly as training did.
 
-Pure numpy and pyarrow, because it runs in Spark's Python workers; training.feature_statistics gathers what it reads.
+Pure numpy and pyarrow, because it runs in Spark's Python workers; the statistics come from
+training.feature_statistics.
 """
 
 from __future__ import annotations
@@ -125,8 +126,8 @@ def _attributes(rows: pa.Table, known: Attributes) -> tuple[np.ndarray, tuple[np
         places = known.places[name]
         values = [[places.get(v, 1) for v in (m.get(name) or ())[:MAX_VALUES]] for m in category_maps]
         table = np.zeros((count, MAX_VALUES), np.int32)
-        for row, found in enumerate(values):
-            table[row, : len(found)] = found
+        for row, indices in enumerate(values):
+            table[row, : len(indices)] = indices
         categories.append(table)
     sizes = tuple(len(values) + FIRST_INDEX for values in known.categories.values())
     return numbers, tuple(categories), sizes

@@ -19,23 +19,23 @@ from nightstream.ingest.sources import local_folder
 from nightstream.runtime.settings import StreamSettings
 
 # What sources that know their backlog call it -> our name.
-_TOLD = {"numFilesOutstanding": "backlog_files", "numBytesOutstanding": "backlog_bytes"}
+_REPORTED = {"numFilesOutstanding": "backlog_files", "numBytesOutstanding": "backlog_bytes"}
 _MILLISECOND = timedelta(milliseconds=1)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def told(source: Mapping[str, Any]) -> dict[str, float]:
+def reported(source: Mapping[str, Any]) -> dict[str, float]:
     """The backlog that one source of a Spark progress tells, when its micro-batch was planned; {} where it tells none.
 
     backlog_files, backlog_bytes: as the source counts them. backlog_offsets: Kafka's offsets that were there and did
     not get into the micro-batch, over all partitions.
     """
-    found = {_TOLD[name]: float(value) for name, value in source["metrics"].items() if name in _TOLD}
+    sizes = {_REPORTED[name]: float(value) for name, value in source["metrics"].items() if name in _REPORTED}
     end, latest = (_offsets(source[name]) for name in ("endOffset", "latestOffset"))
     if end and latest:
         behind = (max(0, there - end.get(partition, 0)) for partition, there in latest.items())
-        found["backlog_offsets"] = float(sum(behind))
-    return found
+        sizes["backlog_offsets"] = float(sum(behind))
+    return sizes
 
 
 def probed(

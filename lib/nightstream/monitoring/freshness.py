@@ -109,10 +109,10 @@ def summary(rows: DataFrame) -> dict[str, float]:
         F.max("age_s").alias("oldest"),
     ).first()
     assert row is not None
-    found = {"freshness_users": float(row.users)}
+    figures = {"freshness_users": float(row.users)}
     if row.users:
-        found["freshness_stale_share"] = row.stale / row.users
+        figures["freshness_stale_share"] = row.stale / row.users
     if row.oldest is not None:
-        found |= {f"freshness_age_p{share}_s": age for share, age in zip(SHARES, row.ages, strict=True)}
-        found["freshness_age_max_s"] = row.oldest
-    return found
+        figures |= {f"freshness_age_p{share}_s": age for share, age in zip(SHARES, row.ages, strict=True)}
+        figures["freshness_age_max_s"] = row.oldest
+    return figures

@@ -62,16 +62,16 @@ class Interval:
         processed_rows_per_s: over the time in which micro-batches ran.
         """
         sums = dict(self.sums)
-        found: dict[str, float] = {name: float(value) for name, value in sums.items()}
+        figures: dict[str, float] = {name: float(value) for name, value in sums.items()}
         arrived = sum(sums.get(name, 0) for name in ("events", "quarantined", "duplicates"))
         if arrived:
-            found["quarantined_share"] = sums.get("quarantined", 0) / arrived
+            figures["quarantined_share"] = sums.get("quarantined", 0) / arrived
         elapsed, rows = (now - self.begun).total_seconds(), sums.get("input_rows", 0)
         if elapsed > 0:
-            found["input_rows_per_s"] = rows / elapsed
+            figures["input_rows_per_s"] = rows / elapsed
         if sums.get("busy_s"):
-            found["processed_rows_per_s"] = rows / sums["busy_s"]
-        return {**found, **self.percentiles(), **self.peaks}
+            figures["processed_rows_per_s"] = rows / sums["busy_s"]
+        return {**figures, **self.percentiles(), **self.peaks}
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -157,7 +157,7 @@ class Monitor:
                 seconds |= {f"phase_{_snake(n)}": took / 1000 for n, took in progress.durationMs.items()}
                 sums |= {"input_rows": progress.numInputRows, "busy_s": progress.batchDuration / 1000}
                 for source in progress.sources:
-                    peaks |= backlog.told(source)
+                    peaks |= backlog.reported(source)
             with self._lock:
                 if progress is not None and progress.sources:
                     self._end_offset = progress.sources[0].endOffset
@@ -218,14 +218,14 @@ def _counts(report: BatchReport) -> dict[str, float]:
 
 
 def _seconds(report: BatchReport) -> dict[str, float]:
-    told = {
+    measured = {
         "visible": report.visible_seconds,
         "delay": report.delay_seconds,
         "oldest_event_delay": report.oldest_event_seconds,
         "newest_event_delay": report.newest_event_seconds,
     }
     phases = {f"phase_{name}": took for name, took in report.phases.items()}
-    return {**{name: value for name, value in told.items() if value is not None}, **phases}
+    return {**{name: value for name, value in measured.items() if value is not None}, **phases}
 
 
 def _snake(name: str) -> str:

@@ -204,14 +204,14 @@ def _moved(old: int | None, new: int) -> tuple[str, str] | None:
 
 def _flat(counts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
     """Nested counts as one list of (name, number)."""
-    found: list[tuple[str, float]] = []
+    pairs: list[tuple[str, float]] = []
     for key, value in counts.items():
         name = f"{prefix} · {key}" if prefix else str(key)
         if isinstance(value, Mapping):
-            found += _flat(value, name)
+            pairs += _flat(value, name)
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            found.append((name, value))
-    return found
+            pairs.append((name, value))
+    return pairs
 
 
 def _duration(seconds: float) -> str:

@@ -81,9 +81,9 @@ class JvmLog:
                     self._problems.append(line)
                 elif not is_routine(line):
                     # The lines of a stack trace bear no level and belong to the line before.
-                    found = _LEVEL.match(line)
-                    self._level = _LEVELS[found[1]] if found else self._level
-                    log.log(self._level, "%s", line[found.end() :] if found else line)
+                    match = _LEVEL.match(line)
+                    self._level = _LEVELS[match[1]] if match else self._level
+                    log.log(self._level, "%s", line[match.end() :] if match else line)
 
     def _is_problem(self, line: str) -> bool:
         """Whether the line is one of Ivy's about a problem: a warning of a host, or a line of its closing summary."""

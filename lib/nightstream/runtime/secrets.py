@@ -28,7 +28,7 @@ def resolve(
     """
     problems: set[str] = set()
 
-    def found(match: re.Match[str]) -> str:
+    def secret(match: re.Match[str]) -> str:
         name, scope, key = match.groups()
         if name is not None:
             if name not in os.environ:
@@ -45,7 +45,7 @@ def resolve(
             )
         return ""
 
-    return {name: REFERENCE.sub(found, value) for name, value in options.items()}, sorted(problems)
+    return {name: REFERENCE.sub(secret, value) for name, value in options.items()}, sorted(problems)
 
 
 def _databricks_secret(scope: str, key: str) -> str:

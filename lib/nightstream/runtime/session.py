@@ -38,9 +38,9 @@ def check_java() -> None:
     if java is None or not Path(java).exists():
         raise MachineError(f"Spark needs Java and none was found{f' in JAVA_HOME={home}' if home else ''}; {_WANTED}")
     output = subprocess.run([java, "-version"], capture_output=True, text=True, check=False)
-    found = re.search(r'version "(\d+)', output.stderr + output.stdout)
-    if found is None or int(found[1]) not in SUPPORTED_JAVA:
-        version = found[1] if found else "of unknown version"
+    match = re.search(r'version "(\d+)', output.stderr + output.stdout)
+    if match is None or int(match[1]) not in SUPPORTED_JAVA:
+        version = match[1] if match else "of unknown version"
         raise MachineError(f"Java {version} at {java} does not run Spark 4.2; {_WANTED}")
 
 

@@ -6,6 +6,7 @@ package, so an installation from the wheel has the same files.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -31,6 +32,12 @@ class StorageSettings(Section):
     root: str = Field(min_length=1)
     kind: Literal["path", "catalog"]
     work_dir: str = Field(min_length=1)
+
+    def scratch(self, name: str) -> Path:
+        """The folder of that name below work_dir, apart from those of other installations with the same work_dir."""
+        is_folder = self.kind == "path" and "://" not in self.root
+        root = str(Path(self.root).absolute()) if is_folder else self.root
+        return Path(self.work_dir) / f"{name}-{hashlib.sha256(f'{self.kind} {root}'.encode()).hexdigest()[:12]}"
 
 
 class SparkSettings(Section):
@@ -155,10 +162,10 @@ class StreamSettings(Section):
 
     def resolved_options(self) -> dict[str, str]:
         """The source options with every reference replaced by its secret. Raises SettingsError for one without."""
-        found, problems = secrets.resolve(self.options)
+        options, problems = secrets.resolve(self.options)
         if problems:
             raise SettingsError([f"stream.options: {p}" for p in problems])
-        return found
+        return options
 
 
 class WindowSettings(Section):

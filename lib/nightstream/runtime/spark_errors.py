@@ -75,11 +75,11 @@ def ours_in(error: BaseException) -> NightstreamError | None:
     if isinstance(error, NightstreamError):
         return error
     for _, text in _texts(error):
-        if found := _OURS.search(text or ""):
-            kind = getattr(errors, found[1], NightstreamError)
+        if match := _OURS.search(text or ""):
+            kind = getattr(errors, match[1], NightstreamError)
             # A kind that makes its sentence itself can't be made of one.
             plain = kind.__init__ is NightstreamError.__init__
-            return (kind if plain else NightstreamError)(found[2].strip())
+            return (kind if plain else NightstreamError)(match[2].strip())
     return None
 
 

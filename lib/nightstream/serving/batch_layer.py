@@ -8,7 +8,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from nightstream.ingest.history import foldable
-from nightstream.models.bundle import Payload
+from nightstream.models.bundle import Bundle
 from nightstream.runtime.settings import Settings
 from nightstream.serving import commits
 from nightstream.serving.refresh import Refresher, refresh, unfolded
@@ -17,11 +17,11 @@ from nightstream.store.storage import Storage
 from nightstream.store.tables import EVENTS, USER_VECTORS, USERS
 
 
-def refresher(settings: Settings, payload: Payload, threads: int = 1) -> Refresher:
+def refresher(settings: Settings, bundle: Bundle, threads: int = 1) -> Refresher:
     """The refresh under this installation's settings."""
     window = settings.window
     rules = FoldRules(window.length, window.seen_limit, tuple(settings.events.window_types))
-    return Refresher(payload, rules, settings.serving.top_k, threads)
+    return Refresher(bundle, rules, settings.serving.top_k, threads)
 
 
 def everyone(storage: Storage, settings: Settings) -> DataFrame:
@@ -40,7 +40,7 @@ def everyone(storage: Storage, settings: Settings) -> DataFrame:
 def apply_all(
     storage: Storage,
     settings: Settings,
-    payload: Payload,
+    bundle: Bundle,
     writer: str,
     batch_id: int,
     now: datetime,
@@ -56,7 +56,7 @@ def apply_all(
         # Users that are in `events` alone have no state yet: the fold makes one.
         states, events, users = (rows.join(only, "user_id", "left_semi") for rows in (states, events, users))
     # No SEEN_OVERFLOW: the history has all that overflows, and only what has not been taken back.
-    refreshed = commits.settled(refresh(states, events, users, None, refresher(settings, payload)), limit=0)
+    refreshed = commits.settled(refresh(states, events, users, None, refresher(settings, bundle)), limit=0)
     # Never a repetition: run again, it refreshes from newer states, and what is merged must stand in `refreshes`.
     refolded = refreshed.rows.select("user_id")
     attempts = settings.serving.merge_attempts

@@ -11,7 +11,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from nightstream.errors import TableError
-from nightstream.models.bundle import Loaded, Payload, encode_catalogue
+from nightstream.models.bundle import Bundle, Loaded, encode_catalogue
 from nightstream.models.features import transform_items
 from nightstream.store import registry
 from nightstream.store.materialize import cut
@@ -32,10 +32,10 @@ def known_items(items: DataFrame, events: DataFrame) -> DataFrame:
     )
 
 
-def embed(items: DataFrame, payload: Payload) -> DataFrame:
-    """ITEMS rows -> ITEM_EMBEDDINGS rows under the payload's model, encoded on the executors."""
+def embed(items: DataFrame, bundle: Bundle) -> DataFrame:
+    """ITEMS rows -> ITEM_EMBEDDINGS rows under the bundle's model, encoded on the executors."""
     rows = items.select("item_id", *CONTENT, content_hash().alias("content_hash"))
-    return rows.mapInArrow(_encoder(payload), ITEM_EMBEDDINGS.schema)
+    return rows.mapInArrow(_encoder(bundle), ITEM_EMBEDDINGS.schema)
 
 
 def content_hash() -> Column:
@@ -43,20 +43,20 @@ def content_hash() -> Column:
     return F.substring(F.sha2(F.to_json(F.struct(*CONTENT)), 256), 1, 16)
 
 
-def _encoder(payload: Payload) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+def _encoder(bundle: Bundle) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     def encode(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         loaded: Loaded | None = None
         for batch in batches:
             if not batch.num_rows:
                 continue
-            loaded = loaded or payload.load()
+            loaded = loaded or bundle.load()
             table = pa.Table.from_batches([batch])
             ids = table["item_id"].to_pylist()
             vectors = loaded.model.encode_items(transform_items(table, loaded.statistics), ids)
             known = set(loaded.model.item_ids)
             offsets = pa.array(np.arange(len(ids) + 1, dtype=np.int32) * vectors.shape[1])
             columns = {
-                "model_version": pa.array([payload.model_version] * len(ids)),
+                "model_version": pa.array([bundle.model_version] * len(ids)),
                 "item_id": pa.array(ids, pa.string()),
                 "vector": pa.ListArray.from_arrays(offsets, pa.array(vectors.reshape(-1).astype(np.float32))),
                 "from_content": pa.array([i not in known for i in ids]),
@@ -69,7 +69,7 @@ def _encoder(payload: Payload) -> Callable[[Iterator[pa.RecordBatch]], Iterator[
     return encode
 
 
-def load_payload(storage: Storage, version: str, files: dict[str, bytes] | None = None) -> Payload:
+def load_bundle(storage: Storage, version: str, files: dict[str, bytes] | None = None) -> Bundle:
     """A version with its catalogue as the tables have it now; both are bounded by what one worker must hold.
 
     catalogue_version is a hash of the catalogue's content, so it moves only when that does.
@@ -89,36 +89,36 @@ def load_payload(storage: Storage, version: str, files: dict[str, bytes] | None 
     return _packed(version, files or registry.load_artifacts(storage, version), table)
 
 
-def _packed(version: str, files: dict[str, bytes], table: pa.Table) -> Payload:
+def _packed(version: str, files: dict[str, bytes], table: pa.Table) -> Bundle:
     content = encode_catalogue(table)
-    return Payload(version, hashlib.sha256(content).hexdigest()[:12], files, content)
+    return Bundle(version, hashlib.sha256(content).hexdigest()[:12], files, content)
 
 
-def payload_of(name: str, files: dict[str, bytes], items: DataFrame) -> Payload:
-    """A payload that no table holds: the files of a model with the embeddings of `items` (ITEMS rows), made for this.
+def bundle_of(name: str, files: dict[str, bytes], items: DataFrame) -> Bundle:
+    """A bundle that no table holds: the files of a model with the embeddings of `items` (ITEMS rows), made for this.
 
     Both are bounded by what one worker must hold.
     """
-    embedded = embed(items, Payload(name, "", files, NO_ITEMS)).select("item_id", "vector")
+    embedded = embed(items, Bundle(name, "", files, NO_ITEMS)).select("item_id", "vector")
     table = items.join(embedded, "item_id").select("item_id", "title", "available", "vector").toArrow()
     return _packed(name, files, table)
 
 
-def embed_changed(storage: Storage, items: DataFrame, payload: Payload, attempts: int) -> int:
-    """Encode those ITEMS rows that have no embedding under the payload's model yet, or one of an older content; returns
+def embed_changed(storage: Storage, items: DataFrame, bundle: Bundle, attempts: int) -> int:
+    """Encode those ITEMS rows that have no embedding under the bundle's model yet, or one of an older content; returns
     how many there were."""
-    present = storage.read_or_empty(ITEM_EMBEDDINGS).where(F.col("model_version") == payload.model_version)
+    present = storage.read_or_empty(ITEM_EMBEDDINGS).where(F.col("model_version") == bundle.model_version)
     before = present.select("item_id", F.col("content_hash").alias("_before"))
     changed = items.join(before, "item_id", "left").where(~content_hash().eqNullSafe(F.col("_before"))).persist()
     try:
         row = changed.agg(F.count(F.lit(1)).alias("all"), F.count("_before").alias("updated")).first()
         assert row is not None
         if row["updated"]:
-            rows = cut(embed(changed, payload), {}, size=row["all"], cached=False).rows
+            rows = cut(embed(changed, bundle), {}, size=row["all"], cached=False).rows
             storage.with_retries(lambda: _replace(storage, rows), attempts, ITEM_EMBEDDINGS.name)
         elif row["all"]:
             # An append, unlike a MERGE, meets no conflict with the night that writes its own model's embeddings.
-            storage.append(ITEM_EMBEDDINGS, embed(changed, payload))
+            storage.append(ITEM_EMBEDDINGS, embed(changed, bundle))
         return int(row["all"])
     finally:
         changed.unpersist()

@@ -39,7 +39,7 @@ LOCAL_USERS = 4_000
 def settled(refreshed: DataFrame, limit: int = LOCAL_USERS) -> Cut:
     """REFRESHED rows, computed now; totals: users, and overflowing: how many of them have overflowing seen entries.
 
-    limit: of cutting.cut; 0 for all users of an installation.
+    limit: of materialize.cut; 0 for all users of an installation.
     """
     totals = {"users": F.count("user_id"), "overflowing": F.count_if(F.size("overflow") > 0)}
     return cut(refreshed, totals, limit, cached=False)
@@ -80,15 +80,15 @@ def commit(
         REFRESHES rows, on the driver where `refreshed` is.
     """
     _keep_overflow(storage, refreshed, refolded, attempts)
-    told = {"refreshed_at": refreshed_at, "writer": writer, "batch_id": batch_id}
+    constants = {"refreshed_at": refreshed_at, "writer": writer, "batch_id": batch_id}
     if refreshed.table is not None:
         count = refreshed.table.num_rows
         kinds = arrow_schema(REFRESHES.schema)
-        columns = {name: pa.repeat(pa.scalar(told[name], kinds.field(name).type), count) for name in told}
+        columns = {name: pa.repeat(pa.scalar(constants[name], kinds.field(name).type), count) for name in constants}
         columns = {n: columns[n] if n in columns else refreshed.table[n] for n in REFRESHES.schema.names}
         committed = Cut.of(storage.spark, pa.table(columns), REFRESHES.schema, {})
     else:
-        literals = {name: F.lit(value).cast(REFRESHES.schema[name].dataType) for name, value in told.items()}
+        literals = {name: F.lit(value).cast(REFRESHES.schema[name].dataType) for name, value in constants.items()}
         committed = Cut(refreshed.rows.withColumns(literals).select(*REFRESHES.schema.names), {})
     storage.append(REFRESHES, committed.rows)
     return committed

@@ -17,7 +17,7 @@ from pyspark.sql import functions as F
 
 from nightstream.models.arrays import Windows
 from nightstream.models.arrow import combined, names, rows_of
-from nightstream.models.bundle import Loaded, Payload
+from nightstream.models.bundle import Bundle, Loaded
 from nightstream.models.features import transform_users
 from nightstream.models.ranking.strategies import STRATEGIES, reason_text
 from nightstream.serving.user_state import STATES, FoldRules, fold
@@ -39,7 +39,7 @@ class Refresher:
     rules: of the fold. top_k: length of a list. threads: cores that it may use; 1 where Spark shares them out.
     """
 
-    payload: Payload
+    bundle: Bundle
     rules: FoldRules
     top_k: int
     threads: int = 1
@@ -60,7 +60,7 @@ class Refresher:
         for name in ("categories", "numbers"):
             folded = folded.append_column(name, _attribute(folded["user_id"], users, name))
         folded = folded.append_column("older_seen", _older(folded, overflow))
-        return _scored(folded, self.payload, self.top_k, self.threads)
+        return _scored(folded, self.bundle, self.top_k, self.threads)
 
 
 def refresh(
@@ -114,8 +114,8 @@ def _older(folded: pa.Table, overflow: pa.Table | None) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), combined(rows["item_id"]))
 
 
-def _scored(table: pa.Table, payload: Payload, top_k: int, threads: int) -> pa.Table:
-    loaded = payload.load()
+def _scored(table: pa.Table, bundle: Bundle, top_k: int, threads: int) -> pa.Table:
+    loaded = bundle.load()
     lists = loaded.model.recommend(windows_of(table, loaded), loaded.catalogue, top_k, threads)
     count = table.num_rows
     sizes = np.asarray(pc.list_value_length(combined(table["window"])), np.int64)
@@ -130,8 +130,8 @@ def _scored(table: pa.Table, payload: Payload, top_k: int, threads: int) -> pa.T
         "seen": table["seen"],
         "seen_overflowed": table["seen_overflowed"],
         "vector": pa.ListArray.from_arrays(offsets, pa.array(vectors.reshape(-1))),
-        "model_version": pa.array([payload.model_version] * count),
-        "catalogue_version": pa.array([payload.catalogue_version] * count),
+        "model_version": pa.array([bundle.model_version] * count),
+        "catalogue_version": pa.array([bundle.catalogue_version] * count),
         "as_of": newest,
         "overflow": table["overflow"],
         "items": _entries(lists, loaded),

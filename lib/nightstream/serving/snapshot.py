@@ -6,7 +6,7 @@ import logging
 import time
 
 from nightstream.ingest.dimensions import ItemsSource
-from nightstream.models.bundle import Payload
+from nightstream.models.bundle import Bundle
 from nightstream.runtime.settings import Settings
 from nightstream.serving import catalogue
 from nightstream.store import registry
@@ -29,9 +29,9 @@ class Snapshots:
         self._seen_commits: tuple[int | None, int | None] | None = None
         self._looked_at = time.monotonic()
 
-    def first(self) -> Payload:
+    def first(self) -> Bundle:
         """The published model with its catalogue as it is. Raises TableError where none is published."""
-        return catalogue.load_payload(self.storage, registry.published(self.storage).model_version)
+        return catalogue.load_bundle(self.storage, registry.published(self.storage).model_version)
 
     def is_due(self) -> bool:
         """Whether it is time to look, which it is every `stream.snapshot_seconds` at most."""
@@ -40,8 +40,8 @@ class Snapshots:
         self._looked_at = time.monotonic()
         return True
 
-    def newer(self, payload: Payload) -> Payload | None:
-        """What should serve from now on instead of `payload`; None where that is up to date.
+    def newer(self, bundle: Bundle) -> Bundle | None:
+        """What should serve from now on instead of `bundle`; None where that is up to date.
 
         Items that are new, or that have another content than before, are encoded under the published model first.
         """
@@ -51,17 +51,17 @@ class Snapshots:
         if commits == self._seen_commits:
             return None
         version = registry.published(storage).model_version
-        model = payload if version == payload.model_version else catalogue.load_payload(storage, version)
+        model = bundle if version == bundle.model_version else catalogue.load_bundle(storage, version)
         attempts = self.settings.serving.merge_attempts
         catalogue.embed_changed(storage, storage.read_or_empty(ITEMS), model, attempts)
-        newest = catalogue.load_payload(storage, version, model.files)
+        newest = catalogue.load_bundle(storage, version, model.files)
         # What was committed while this ran is looked at next time.
         self._seen_commits = commits
-        if _versions(newest) == _versions(payload):
+        if _versions(newest) == _versions(bundle):
             return None
         log.info("new snapshot", extra={"model": newest.model_version, "catalogue": newest.catalogue_version})
         return newest
 
 
-def _versions(payload: Payload) -> tuple[str, str]:
-    return payload.model_version, payload.catalogue_version
+def _versions(bundle: Bundle) -> tuple[str, str]:
+    return bundle.model_version, bundle.catalogue_version

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from datetime import datetime
-from pathlib import Path
 
 from pyspark.sql import DataFrame
 
@@ -33,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class SpeedLayer:
-    """The function that foreachBatch calls, with what it keeps between micro-batches (the payload).
+    """The function that foreachBatch calls, with what it keeps between micro-batches (the bundle).
 
     writer: gives the identity of the query's checkpoint, by which commits are numbered; asked at the first batch,
         because the checkpoint does not exist before.
@@ -53,11 +52,11 @@ class SpeedLayer:
         self._writer_of, self.writer = writer, ""
         self.clock, self.on_batch = clock, on_batch
         self.snapshots = Snapshots(storage, settings)
-        self.payload = self.snapshots.first()
+        self.bundle = self.snapshots.first()
         self.background_merge = BackgroundMerge(
             storage, settings.serving.top_k, settings.serving.merge_attempts, on_merge
         )
-        self.state_cache = StateCache(storage, Path(settings.storage.work_dir) / "known")
+        self.state_cache = StateCache(storage, settings.storage.scratch("known"))
         self.driver = DriverStates(storage, settings, self.state_cache, self.background_merge.pending)
         self.executors = ExecutorStates(storage, settings, self.background_merge.pending)
         self._id_filter: IdFilter | None = None
@@ -70,15 +69,15 @@ class SpeedLayer:
         Another model may have been published, and applied, while the lease was waited for.
         """
         self.writer = ""
-        if registry.published(self.storage).model_version != self.payload.model_version:
-            self.payload = self.snapshots.first()
+        if registry.published(self.storage).model_version != self.bundle.model_version:
+            self.bundle = self.snapshots.first()
         self.background_merge.start()
         self._fold_in()
         self._half_booked = not is_balanced(self.storage)
         if self._half_booked:
             log.warning("a write was cut off: every payload is looked for in raw_events until the sums are right again")
         self.state_cache.start()
-        self.payload.load()
+        self.bundle.load()
         self._id_filter = IdFilter.of(self.storage.read_or_empty(EVENTS))
 
     def __call__(self, arrived: DataFrame, batch_id: int) -> None:
@@ -91,7 +90,7 @@ class SpeedLayer:
         first = not self.writer
         if first:
             self.writer = self._writer_of()
-        self._take_up_news()
+        self._take_up_snapshots()
         arriving = arrive(arrived, settings, micro_batch=True)
         asked = self.driver.ask_ahead(arriving)
         # Spark repeats a micro-batch only as the first one after a start; under a new checkpoint, what was cut off
@@ -139,7 +138,7 @@ class SpeedLayer:
                 last_arrival=recorded.last_arrival,
                 phases=laps.seconds,
                 unmerged=len(self.background_merge.pending()),
-                model_version=self.payload.model_version,
+                model_version=self.bundle.model_version,
             )
         )
 
@@ -149,7 +148,7 @@ class SpeedLayer:
         Raises what the MERGEs of earlier batches have met.
         """
         self.background_merge.check()
-        self._take_up_news()
+        self._take_up_snapshots()
         refreshed = self._refresh(Recorded(Counts(), {}), None) if self._some_behind else None
         if refreshed is None or not refreshed.totals["users"]:
             return
@@ -159,14 +158,14 @@ class SpeedLayer:
         committed = commits.commit(self.storage, refreshed, writer, number, now)
         self.state_cache.committed(committed)
         self.background_merge.add(committed)
-        log.info("handed over", extra={"users": refreshed.totals["users"], "model_version": self.payload.model_version})
+        log.info("handed over", extra={"users": refreshed.totals["users"], "model_version": self.bundle.model_version})
 
-    def _take_up_news(self) -> None:
+    def _take_up_snapshots(self) -> None:
         if not self.snapshots.is_due():
             return
-        newer = self.snapshots.newer(self.payload)
+        newer = self.snapshots.newer(self.bundle)
         if newer is not None:
-            self.payload, self._some_behind = newer, True
+            self.bundle, self._some_behind = newer, True
         self.state_cache.look_again()
         if self._half_booked:
             self._half_booked = not is_balanced(self.storage)
@@ -178,7 +177,7 @@ class SpeedLayer:
             return
         touched = changes.touched_users(storage, settings.events.retraction_type, now)
         writer = f"start of a stream {now:%Y%m%dT%H%M%S.%f}"
-        users = apply_all(storage, settings, self.payload, writer, 0, now, only=touched)
+        users = apply_all(storage, settings, self.bundle, writer, 0, now, only=touched)
         changes.unmark(storage)
         log.info("folded in what a night had recorded and not applied", extra={"users": users})
 
@@ -195,13 +194,13 @@ class SpeedLayer:
         """Refresh the users of the micro-batch, and some of those that are behind."""
         touched = Touched(recorded, self._behind(), asked)
         source: StateSource = self.driver if self.driver.takes(touched) else self.executors
-        return source.refresh(touched, self.payload)
+        return source.refresh(touched, self.bundle)
 
     def _behind(self) -> Cut | None:
         if not self._some_behind:
             return None
         most = self.settings.stream.handover_slice
-        some = some_behind(self.storage, self.payload, self.background_merge.pending(), most)
+        some = some_behind(self.storage, self.bundle, self.background_merge.pending(), most)
         self._some_behind = some is not None
         return some
 

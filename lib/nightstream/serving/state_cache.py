@@ -151,13 +151,13 @@ def _asked(storage: Storage, users: pa.Array, pending: Sequence[Cut]) -> tuple[p
         of_users(described, USER_COLUMNS), allowMissingColumns=True
     )
     # One job for both tables; a state has a revision.
-    found = both.toArrow()
-    is_state = pc.is_valid(found["revision"])
-    parts = [states_of(found.filter(is_state))]
+    both_kinds = both.toArrow()
+    is_state = pc.is_valid(both_kinds["revision"])
+    parts = [states_of(both_kinds.filter(is_state))]
     for commit in pending:
         if commit.table is not None:
             rows = commit.table.filter(pc.is_in(commit.table["user_id"], value_set=users))
         else:
             rows = of_users(commit.rows, STATE_COLUMNS).toArrow()
         parts.append(states_of(rows))
-    return newest_rows(parts), found.filter(pc.invert(is_state)).select(list(USER_COLUMNS))
+    return newest_rows(parts), both_kinds.filter(pc.invert(is_state)).select(list(USER_COLUMNS))

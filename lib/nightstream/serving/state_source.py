@@ -15,7 +15,7 @@ from pyspark.sql import functions as F
 
 from nightstream.ingest.history import foldable
 from nightstream.ingest.ledger import Recorded
-from nightstream.models.bundle import Payload
+from nightstream.models.bundle import Bundle
 from nightstream.runtime.settings import Settings
 from nightstream.serving import commits
 from nightstream.serving.batch_layer import refresher
@@ -61,8 +61,8 @@ class StateSource(Protocol):
     def takes(self, touched: Touched) -> bool:
         """Whether it can refresh all of them."""
 
-    def refresh(self, touched: Touched, payload: Payload) -> Cut:
-        """REFRESHED rows under the payload's model, one per touched user, computed now; see commits.settled."""
+    def refresh(self, touched: Touched, bundle: Bundle) -> Cut:
+        """REFRESHED rows under the bundle's model, one per touched user, computed now; see commits.settled."""
 
 
 class DriverStates:
@@ -89,7 +89,7 @@ class DriverStates:
             return False
         return len(users) <= commits.LOCAL_USERS
 
-    def refresh(self, touched: Touched, payload: Payload) -> Cut:
+    def refresh(self, touched: Touched, bundle: Bundle) -> Cut:
         spark, users, asked = self.storage.spark, touched.users(), touched.asked
         assert users is not None
         if not len(users):
@@ -101,7 +101,7 @@ class DriverStates:
         states = states.filter(pc.is_in(states["user_id"], value_set=users))
         if events is None:
             events = NO_EVENTS
-        refreshed = refresher(self.settings, payload, os.cpu_count() or 1)(states, events, described, older)
+        refreshed = refresher(self.settings, bundle, os.cpu_count() or 1)(states, events, described, older)
         return commits.settled_table(spark, refreshed)
 
     def close(self) -> None:
@@ -124,11 +124,11 @@ class ExecutorStates:
     def takes(self, touched: Touched) -> bool:
         return True
 
-    def refresh(self, touched: Touched, payload: Payload) -> Cut:
+    def refresh(self, touched: Touched, bundle: Bundle) -> Cut:
         recorded, behind = touched.recorded, None if touched.behind is None else touched.behind.rows
-        return commits.settled(self._refreshed(recorded, behind, payload))
+        return commits.settled(self._refreshed(recorded, behind, bundle))
 
-    def _refreshed(self, recorded: Recorded, behind: DataFrame | None, payload: Payload) -> DataFrame:
+    def _refreshed(self, recorded: Recorded, behind: DataFrame | None, bundle: Bundle) -> DataFrame:
         storage, pending = self.storage, self.pending()
         history = foldable(storage.read(EVENTS), self.settings.events.retraction_type)
         events = recorded.accepted if recorded.accepted is not None else history.limit(0)
@@ -155,4 +155,4 @@ class ExecutorStates:
             # Of those that are folded again it may hold events that have been taken back.
             folded_on = touched if refold is None else touched.join(refold, "user_id", "left_anti")
             overflow = storage.read(SEEN_OVERFLOW).join(folded_on, "user_id", "left_semi")
-        return refresh(known, events, users, overflow, refresher(self.settings, payload))
+        return refresh(known, events, users, overflow, refresher(self.settings, bundle))

@@ -36,12 +36,12 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, A
         with held:
             commits.merge_tail(storage, commits.Layout.of(storage, serving_settings.top_k), attempts)
             version = registry.published(storage).model_version
-            payload = catalogue.load_payload(storage, version)
+            bundle = catalogue.load_bundle(storage, version)
             # A model that goes on serving, or serves again, has not met what is newer than it among the items.
-            if catalogue.embed_changed(storage, storage.read_or_empty(ITEMS), payload, attempts):
-                payload = catalogue.load_payload(storage, version, payload.files)
+            if catalogue.embed_changed(storage, storage.read_or_empty(ITEMS), bundle, attempts):
+                bundle = catalogue.load_bundle(storage, version, bundle.files)
             writer = f"nightly {as_of:%Y%m%dT%H%M%S} {version}"
-            users = batch_layer.apply_all(storage, settings, payload, writer, 0, clock.utc_now())
+            users = batch_layer.apply_all(storage, settings, bundle, writer, 0, clock.utc_now())
             changes.unmark(storage)
     except WriterBusyError as busy:
         log.info("another process writes the serving tables and will apply the model", extra={"reason": str(busy)})

@@ -34,7 +34,7 @@ SHOWN = 10
 
 
 def run(spark: SparkSession, settings: Settings, as_of: datetime, replay_seconds: float = 120.0) -> dict[str, Any]:
-    """Everything below the parent folder of storage.root is made anew.
+    """MovieLens-100k from end to end, in a folder `demo` beside storage.root, which is made anew.
 
     replay_seconds: over how long the feed spreads the replayed events.
     Raises NightstreamError over Spark Connect.
@@ -101,11 +101,11 @@ def _at(settings: Settings, home: Path) -> Settings:
 def _quality(storage: Storage, settings: Settings, cut_micros: int) -> list[dict[str, Any]]:
     """The prequential evaluation of the published model over the replayed events, as they came to lie in `events`."""
     version = registry.published(storage).model_version
-    payload = catalogue.load_payload(storage, version)
+    bundle = catalogue.load_bundle(storage, version)
     events = live(storage.read(EVENTS), settings.events.retraction_type)
-    served = Served(payload, storage.read(USERS), settings.window.length, settings.events.window_types)
+    served = Served(bundle, storage.read(USERS), settings.window.length, settings.events.window_types)
     rows = offline.prequential(events, cut_micros, settings.evaluation.delays_seconds, served)
-    return offline.scores(rows, len(payload.load().catalogue))
+    return offline.scores(rows, len(bundle.load().catalogue))
 
 
 def _example_user(storage: Storage, replayed: dict[str, int]) -> str:

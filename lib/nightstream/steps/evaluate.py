@@ -33,11 +33,11 @@ def run(
     parts = split(spark, settings, protocol)
     fitted = fit(settings, parts)
     rows = judged(parts, served(settings, parts, fitted.files), delays or settings.evaluation.delays_seconds).persist()
-    found = offline.scores(rows, parts.items.count())
+    scores = offline.scores(rows, parts.items.count())
     if predictions is not None:
         write_predictions(offline.predictions(rows), predictions)
-    console.stderr.print(console.quality_table(found, f"{protocol} on {settings.sources.events.path}"))
-    result = {"protocol": protocol, "scores": found, "metrics": fitted.metrics}
+    console.stderr.print(console.quality_table(scores, f"{protocol} on {settings.sources.events.path}"))
+    result = {"protocol": protocol, "scores": scores, "metrics": fitted.metrics}
     if json_out is not None:
         write_atomically(json_out, json.dumps(result, indent=2).encode())
     return result

@@ -25,22 +25,22 @@ def run(spark: SparkSession, settings: Settings, user: str | None = None, worst:
     """
     rows = freshness.freshness(Storage(spark, settings.storage), settings)
     if user is not None:
-        found = _told(rows.where(F.col("user_id") == user), 1)
-        if not found:
+        shown = _read(rows.where(F.col("user_id") == user), 1)
+        if not shown:
             raise NightstreamError(f"the user {user} has neither events nor a list; check --user")
-        return found[0]
+        return shown[0]
     order = (F.desc("stale"), F.desc_nulls_last("age_s"), F.col("user_id"))
-    return {**freshness.summary(rows), "worst": _told(rows.orderBy(*order), min(worst, MOST_SHOWN))}
+    return {**freshness.summary(rows), "worst": _read(rows.orderBy(*order), min(worst, MOST_SHOWN))}
 
 
 def after_night(storage: Storage, settings: Settings, as_of: datetime) -> dict[str, float]:
     """Make the view where there is a catalog, and append the summary to `metrics`."""
     freshness.make_view(storage, settings)
-    found = freshness.summary(freshness.freshness(storage, settings))
-    measurements.write(storage, found, registry.published(storage).model_version, as_of, {})
-    return found
+    figures = freshness.summary(freshness.freshness(storage, settings))
+    measurements.write(storage, figures, registry.published(storage).model_version, as_of, {})
+    return figures
 
 
-def _told(rows: DataFrame, most: int) -> list[dict[str, Any]]:
+def _read(rows: DataFrame, most: int) -> list[dict[str, Any]]:
     times = {n: F.date_format(n, "yyyy-MM-dd'T'HH:mm:ss.SSSXXX") for n in ("newest_event", "as_of", "refreshed_at")}
     return [row.asDict() for row in rows.limit(most).withColumns(times).collect()]

@@ -44,12 +44,12 @@ def run(spark: SparkSession, settings: Settings, beside_stream: bool = False) ->
             log.warning("%s lies beside the events but is not used; add --set sources.%s.path=%s", file, name, file)
     storage.create(ITEMS, USERS)
     described: dict[str, Any] = {}
-    for name, spec, found in (("items", ITEMS, items), ("users", USERS, users)):
-        if found is not None:
-            dimensions.merge(storage, spec, found.rows, settings.serving.merge_attempts)
+    for name, spec, dimension in (("items", ITEMS, items), ("users", USERS, users)):
+        if dimension is not None:
+            dimensions.merge(storage, spec, dimension.rows, settings.serving.merge_attempts)
         described[name] = {
             "rows": storage.read(spec).count(),
-            "left_out": {} if found is None else found.left_out,
+            "left_out": {} if dimension is None else dimension.left_out,
         }
     attempts, seconds = settings.serving.merge_attempts, settings.serving.lease_seconds
     try:

@@ -27,21 +27,21 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, A
     """
     # What the settings tell the learner is checked before anything is written.
     spark_job.learn_spec(settings)
-    told: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     with console.working(lambda: "ingest"):
-        told["ingest"] = ingest.run(spark, settings, beside_stream=True)
+        results["ingest"] = ingest.run(spark, settings, beside_stream=True)
     with console.working(lambda: "train"):
-        told["train"] = train.run(spark, settings, as_of)
+        results["train"] = train.run(spark, settings, as_of)
     rejected: RejectedError | None = None
     try:
-        version = told["train"]["model_version"]
+        version = results["train"]["model_version"]
         with console.working(lambda: "publish"):
-            told["publish"] = publish.through_gate(Storage(spark, settings.storage), settings, as_of, version)
+            results["publish"] = publish.through_gate(Storage(spark, settings.storage), settings, as_of, version)
     except RejectedError as error:
         rejected = error
     with console.working(lambda: "apply"):
-        told["apply"] = apply.run(spark, settings, as_of)
-        told["freshness"] = freshness.after_night(Storage(spark, settings.storage), settings, as_of)
+        results["apply"] = apply.run(spark, settings, as_of)
+        results["freshness"] = freshness.after_night(Storage(spark, settings.storage), settings, as_of)
     if rejected is not None:
         raise rejected
-    return told
+    return results

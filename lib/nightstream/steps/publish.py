@@ -53,6 +53,6 @@ def through_gate(storage: Storage, settings: Settings, as_of: datetime, version:
 
 
 def _published(storage: Storage, version: str, as_of: datetime) -> dict[str, Any]:
-    catalogue.load_payload(storage, version).load()
+    catalogue.load_bundle(storage, version).load()
     row = registry.publish(storage, version, as_of)
     return {"model_version": row.model_version, "metrics": row.metrics}

@@ -11,7 +11,7 @@ from pyspark.sql import SparkSession
 from nightstream.errors import TableError
 from nightstream.evaluation import gate
 from nightstream.ingest.history import entering, live
-from nightstream.models.bundle import Payload
+from nightstream.models.bundle import Bundle
 from nightstream.monitoring import measurements
 from nightstream.runtime.settings import Settings
 from nightstream.serving import catalogue
@@ -44,8 +44,8 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, A
     fitted = spark_job.fit(settings, roles, items, storage.read_or_empty(USERS), "training")
     kept = gate.artifacts(fitted.before_refit, *splits.held_out_after(roles))
     registry.save_artifacts(storage, version, fitted.files | kept)
-    payload = Payload(version, "", fitted.files, catalogue.NO_ITEMS)
-    embedded = catalogue.embed(items, payload)
+    bundle = Bundle(version, "", fitted.files, catalogue.NO_ITEMS)
+    embedded = catalogue.embed(items, bundle)
     # A running stream may replace the embeddings of updated items at the same time.
     storage.with_retries(
         lambda: storage.overwrite(ITEM_EMBEDDINGS, embedded, where=f"model_version = '{version}'"),

@@ -62,10 +62,10 @@ def take(
         )
 
     storage.with_retries(write, attempts, WRITER_LEASE.name)
-    found = storage.read(WRITER_LEASE).where(F.col("name") == SERVING).first()
-    if found is None or (found.holder, found.token) == (holder, token):
+    current = storage.read(WRITER_LEASE).where(F.col("name") == SERVING).first()
+    if current is None or (current.holder, current.token) == (holder, token):
         return None
-    return f"{found.kind} ({found.holder})"
+    return f"{current.kind} ({current.holder})"
 
 
 class Lease:

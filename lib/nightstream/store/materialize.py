@@ -70,8 +70,8 @@ def cut(
         few = rows if size is not None else rows.limit(limit + 1)
         table = _on_driver(few.observe(seen, F.count(F.lit(1)).alias("_rows"), *columns))
         if table is not None and table.num_rows <= limit:
-            found = seen.get if table.num_rows else {}
-            return Cut.of(rows.sparkSession, table, rows.schema, {name: found.get(name) for name in totals})
+            observed = seen.get if table.num_rows else {}
+            return Cut.of(rows.sparkSession, table, rows.schema, {name: observed.get(name) for name in totals})
     try:
         kept = rows.persist() if cached else rows.localCheckpoint()
     except PySparkException as error:

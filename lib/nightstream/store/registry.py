@@ -149,10 +149,10 @@ def _known(storage: Storage, version: str) -> ModelRow:
 
 
 def _newest(rows: DataFrame) -> ModelRow | None:
-    found = rows.orderBy(F.desc("at"), F.desc("model_version")).limit(1).collect()
-    if not found:
+    newest_rows = rows.orderBy(F.desc("at"), F.desc("model_version")).limit(1).collect()
+    if not newest_rows:
         return None
-    row = found[0]
+    row = newest_rows[0]
     try:
         return ModelRow(
             row.model_version,

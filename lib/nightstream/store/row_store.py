@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyspark.sql import DataFrame
 
+from nightstream.errors import MachineError
+
 KEY = "user_id"
 _ENCODED = "key string, revision long, row binary"
 _AT_ONCE = 2_000
@@ -44,13 +46,13 @@ class RowStore:
 
     def get(self, users: Sequence[str]) -> pa.Table:
         """The rows of those of the users that have one here, in no particular order."""
-        found: list[bytes] = []
+        messages: list[bytes] = []
         with self._lock:
             for start in range(0, len(users), _AT_ONCE):
                 part = users[start : start + _AT_ONCE]
                 places = ",".join("?" * len(part))
-                found += [r for (r,) in self._rows.execute(f"SELECT row FROM rows WHERE key IN ({places})", part)]
-        batches = [pa.ipc.read_record_batch(pa.py_buffer(row), self.schema) for row in found]
+                messages += [r for (r,) in self._rows.execute(f"SELECT row FROM rows WHERE key IN ({places})", part)]
+        batches = [pa.ipc.read_record_batch(pa.py_buffer(row), self.schema) for row in messages]
         return pa.Table.from_batches(batches, self.schema).combine_chunks()
 
     def put(self, rows: pa.Table) -> None:
@@ -61,7 +63,7 @@ class RowStore:
     def put_all(self, rows: DataFrame, scratch: Path, stop: Callable[[], bool] = lambda: False) -> None:
         """Rows of any number. scratch: a folder that does not exist yet, for driver and executors, through which they
         go a part at a time: what Spark hands over itself is at least a whole partition, in memory. stop: asked after
-        each part."""
+        each part. MachineError where the driver does not see what the executors wrote."""
         schema = self.schema
 
         def encode(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -74,7 +76,14 @@ class RowStore:
 
         try:
             rows.select(*schema.names).mapInArrow(encode, _ENCODED).write.parquet(str(scratch))
-            for file in sorted(scratch.glob("part-*.parquet")):
+            files = sorted(scratch.glob("part-*.parquet"))
+            if not files:
+                # Spark writes at least one, be it empty.
+                raise MachineError(
+                    f"nothing of what the executors wrote is in {scratch}; "
+                    "storage.work_dir must be one folder for them and the driver"
+                )
+            for file in files:
                 for part in pq.ParquetFile(file).iter_batches(_AT_ONCE):
                     if stop():
                         return

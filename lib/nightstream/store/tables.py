@@ -58,9 +58,9 @@ class TableSpec:
         """Delta table properties: no deletion vectors, which DuckDB and delta-rs cannot read, no identifiers in the
         column statistics, where they would outlive the deletion of their rows, and rarer checkpoints."""
         silent = (*_IDENTIFIERS, *_LONG_TEXTS, _PARTITION)
-        told = [f.name for f in self.schema if isinstance(f.dataType, _SMALL) and f.name not in silent]
-        statistics = {"delta.dataSkippingStatsColumns": ",".join(told)}
-        if not told:
+        counted = [f.name for f in self.schema if isinstance(f.dataType, _SMALL) and f.name not in silent]
+        statistics = {"delta.dataSkippingStatsColumns": ",".join(counted)}
+        if not counted:
             statistics = {"delta.dataSkippingNumIndexedCols": "0"}
         return {
             "delta.enableDeletionVectors": "false",

@@ -39,7 +39,7 @@ def fit(
 def _attributes(rows: DataFrame, limit: int) -> Attributes:
     pairs = rows.select(F.explode("numbers").alias("name", "x"))
     positive = F.min("x") >= 0
-    found = (
+    figures = (
         pairs.groupBy("name")
         .agg(
             F.avg("x").alias("mean"),
@@ -58,7 +58,7 @@ def _attributes(rows: DataFrame, limit: int) -> Attributes:
             deviation=(r.log_deviation if r.logarithmic else r.deviation) or 1.0,
             logarithmic=r.logarithmic,
         )
-        for r in found
+        for r in figures
     }
     values = rows.select(F.explode("categories").alias("name", "values")).select("name", F.explode("values").alias("v"))
     counted = values.groupBy("name", "v").count()

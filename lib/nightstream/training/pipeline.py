@@ -24,6 +24,7 @@ from nightstream.models.ranking.candidate_sources import SourceSizes, fit_source
 from nightstream.models.ranking.candidates import candidates, score_block
 from nightstream.models.ranking.rank_features import RankerFeatures, features
 from nightstream.models.ranking.ranker import LabelledGroups, RankerSizes, train_ranker
+from nightstream.models.ranking.sources.registry import SOURCES
 from nightstream.models.ranking.topk import BLOCK
 from nightstream.training import batching
 from nightstream.training.hyperparameters import encoder_sizes, valid_limit
@@ -78,12 +79,24 @@ def learn(
 ) -> Model:
     """Trains encoders on TRAIN targets, a ranker on RANK targets, then the encoders further on everything.
 
-    item_features, item_ids: the vocabulary, in the order of the rows in sequences. train: runs
-    training.train_encoder(spec) in one or more processes and returns when all are done. work_dir: must be visible to
-    those processes; what was finished there with the same inputs is not done again. note(stage, facts) is called
-    after each stage. before_refit is called with the whole model as it stands before the refit, when it has learnt from
-    TRAIN and RANK targets alone. Validation figures stand in Model.metrics. ValueError if the inputs do not fit
-    together, SettingsError if the options do not.
+    Args:
+        sequences: events with roles, in rows of the vocabulary.
+        item_features: of the vocabulary, in the order of these rows.
+        item_ids: likewise.
+        event_types: names, in the order of the 1-based type indices.
+        spec: what to learn.
+        train: runs training.trainer.train_encoder(spec) in one or more processes and returns when all are done.
+        work_dir: seen by those processes too; what was finished there with the same inputs is not done again.
+        note: called with each stage and its facts, when the stage is over.
+        before_refit: called with the model as it stands before the refit, when it has learnt from TRAIN and RANK
+            targets alone.
+
+    Returns:
+        The model; validation figures stand in its metrics.
+
+    Raises:
+        ValueError: The inputs do not fit together, or two columns of the ranker would have one name.
+        SettingsError: The options do not fit together.
     """
     if len(item_features) != len(item_ids):
         raise ValueError("item_features and item_ids must have one row per item each")
@@ -94,8 +107,9 @@ def learn(
     save_item_features(work / "items.safetensors", item_features)
     print_of = _fingerprint(work, item_ids)
     for name in spec.encoders:
-        # Sizes that do not fit together are refused here, not by a process that Spark started.
+        # What does not fit together is refused here, not by a process that Spark started, nor after hours.
         encoder_sizes({**spec.options, "encoder": name}, sequences, len(event_types))
+    reads = RankerFeatures(spec.encoders, tuple(SOURCES))
     say = note or (lambda stage, facts: None)
     facts: dict[str, Any] = {}
 
@@ -129,7 +143,7 @@ def learn(
         labels = batching.sampled_targets(sequences, RANK, spec.ranker.label_limit, spec.seed)
         groups = labelled_groups(first, sequences, catalogue, labels)
         held_out = labelled_groups(first, sequences, catalogue, valid)
-        ranker = train_ranker(groups, held_out, RankerFeatures(spec.encoders, sources.names), spec.ranker, spec.seed)
+        ranker = train_ranker(groups, held_out, reads, spec.ranker, spec.seed)
         if ranker is not None:
             ranked = Model(item_ids, event_types, members, sources, ranker)
             facts["with_ranker"] = _measure(ranked, sequences, catalogue, valid)

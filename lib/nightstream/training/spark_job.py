@@ -59,12 +59,12 @@ def fit(settings: Settings, events: DataFrame, items: DataFrame, users: DataFram
     """Learn a model from events with `role` (see splits); those of role TEST must have been taken out.
 
     events: live EVENTS rows of the types that enter a window. items: ITEMS rows of the whole catalogue.
-    name: the scratch folder below storage.work_dir; it is removed at the end and resumed from after a crash.
+    name: of the scratch folder below storage.work_dir; it is removed at the end and resumed from after a crash.
     MachineError if training.device is cuda and there is no GPU for each process.
     """
     spark = events.sparkSession
     spec = replace(learn_spec(settings), device=_device(settings, spark))
-    work = Path(settings.storage.work_dir) / name
+    work = settings.storage.scratch(name)
     work.mkdir(parents=True, exist_ok=True)
     events = _newest(events, settings.training.max_events)
     statistics = fit_statistics(items, users, events, settings.events.window_types, settings.features)
@@ -166,8 +166,10 @@ def _history(work: Path) -> list[dict[str, Any]]:
     """One entry per training run and epoch: encoder, stage (the folder's name), epoch, loss, validation NDCG@10."""
     entries: list[dict[str, Any]] = []
     for path in sorted(work.glob("**/history.json")):
-        told = json.loads(path.read_text())
-        entries += [{"encoder": told["name"], "stage": path.parent.name, **epoch} for epoch in told["history"]]
+        encoder_run = json.loads(path.read_text())
+        entries += [
+            {"encoder": encoder_run["name"], "stage": path.parent.name, **epoch} for epoch in encoder_run["history"]
+        ]
     return entries
 
 

@@ -51,6 +51,15 @@ def test_bytes_there_and_back(ranker: Ranker) -> None:
     values = groups(4).features
     again = Ranker.from_bytes(ranker.to_bytes(), READS)
     np.testing.assert_array_equal(again.score(values), ranker.score(values))
+    np.testing.assert_array_equal(again.contributions(values), ranker.contributions(values))
+    assert again.columns == ranker.columns == READS.names
+
+
+def test_a_ranker_whose_file_names_no_columns_is_read(ranker: Ranker) -> None:
+    values = groups(4).features
+    nameless = Ranker(ranker.booster, ranker.linear).to_bytes()
+    assert Ranker.from_bytes(nameless, READS).columns == []
+    np.testing.assert_array_equal(Ranker.from_bytes(nameless, READS).score(values), ranker.score(values))
 
 
 def test_damaged_or_foreign_bytes_are_refused(ranker: Ranker) -> None:
@@ -64,6 +73,11 @@ def test_a_ranker_of_the_same_features_in_another_order_is_refused(ranker: Ranke
     reads = RankerFeatures(("gru",), tuple(reversed(SOURCES)))
     with pytest.raises(ArtifactError, match="from the feature covisitation where its model gives segment_lift"):
         Ranker.from_bytes(ranker.to_bytes(), reads)
+
+
+def test_two_columns_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="two columns last_cosine"):
+        RankerFeatures(("gru", "last"), tuple(SOURCES))
 
 
 def test_groups_without_their_target_are_left_out_and_nothing_to_learn_gives_none() -> None:

@@ -62,7 +62,7 @@ class Sources:
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray], names: Sequence[str]) -> Sources:
-        """What to_arrays gave. names: of the sources, in the order that they had; the registry's may be another.
+        """The sources that to_arrays was called on. names: of these sources, in their order; the registry's may differ.
 
         Raises:
             ArtifactError: An array is missing, a source is not registered, or an array belongs to none of them.
@@ -78,8 +78,9 @@ class Sources:
             fitted = {name: _restored(SOURCES[name], left) for name in names}
         except (KeyError, ValueError) as error:
             raise ArtifactError(f"the candidate sources are incomplete: {error}") from error
-        if left:
-            raise ArtifactError(f"no candidate source of the model has the arrays {', '.join(sorted(left))}")
+        if left or Popularity.name not in fitted:
+            about = f"has the arrays {', '.join(sorted(left))}" if left else f"is {Popularity.name}"
+            raise ArtifactError(f"no candidate source of the model {about}; register it or publish another version")
         return cls(fitted, recency)
 
 

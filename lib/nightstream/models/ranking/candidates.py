@@ -114,10 +114,10 @@ def score_block(windows: Windows, vectors: np.ndarray, table: Prepared, sources:
 
     def cosines(users: np.ndarray, items: np.ndarray) -> np.ndarray:
         # numpy's BLAS has threads of its own, which get into each other's way where blocks are computed side by side.
-        found = (torch.from_numpy(users) @ torch.from_numpy(items).T).numpy()
-        found[:, table.withdrawn] = -np.inf
-        exclude(found, windows.seen, windows.seen_offsets)
-        return np.asarray(found)
+        similarities = (torch.from_numpy(users) @ torch.from_numpy(items).T).numpy()
+        similarities[:, table.withdrawn] = -np.inf
+        exclude(similarities, windows.seen, windows.seen_offsets)
+        return np.asarray(similarities)
 
     ensemble = cosines(vectors, table.catalogue.vectors)
     if not full:

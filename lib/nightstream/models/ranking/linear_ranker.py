@@ -98,5 +98,5 @@ def fit_linear(
         value = float((np.log(mass) + top).mean() - wanted @ weights + l2 * weights @ weights)
         return value, terms.T @ share / len(sizes) - wanted + 2 * l2 * weights
 
-    found = minimize(loss, np.zeros(len(columns)), jac=True, method="L-BFGS-B", options={"maxiter": 200})
-    return replace(unweighted, weights=np.asarray(found.x))
+    solution = minimize(loss, np.zeros(len(columns)), jac=True, method="L-BFGS-B", options={"maxiter": 200})
+    return replace(unweighted, weights=np.asarray(solution.x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -36,6 +37,12 @@ class RankerFeatures:
 
     members: tuple[str, ...]
     sources: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """ValueError where two columns have one name."""
+        twice = sorted(name for name, count in Counter(self.names).items() if count > 1)
+        if twice:
+            raise ValueError(f"the ranker would have two columns {', '.join(twice)}; rename the encoder or the feature")
 
     @cached_property
     def names(self) -> list[str]:
@@ -102,7 +109,7 @@ def _cosines_to_window(table: Prepared, windows: Windows, columns: np.ndarray) -
     for weight, padded in zip(table.weights, table.padded_members, strict=True):
         window = padded[windows.items[:, -RECENT_EVENTS:]]
         ends = np.stack([window[:, -1], unit(window.sum(1))], 2)
-        found = np.float32(weight) * (padded[columns + 1] @ ends)
-        last += found[:, :, 0]
-        recent += found[:, :, 1]
+        cosines = np.float32(weight) * (padded[columns + 1] @ ends)
+        last += cosines[:, :, 0]
+        recent += cosines[:, :, 1]
     return last, recent

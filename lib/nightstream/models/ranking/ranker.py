@@ -6,6 +6,8 @@ dozen weights well and a forest badly: with few labels the trees stop early and 
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,17 +46,19 @@ class LabelledGroups:
     def with_target(self) -> LabelledGroups:
         """The groups that hold their target: the others teach nothing."""
         owner = np.repeat(np.arange(len(self.sizes)), self.sizes)
-        found = np.bincount(owner, self.labels, minlength=len(self.sizes)) > 0
-        kept = found[owner]
-        return LabelledGroups(self.features[kept], self.labels[kept], self.sizes[found])
+        has_target = np.bincount(owner, self.labels, minlength=len(self.sizes)) > 0
+        kept = has_target[owner]
+        return LabelledGroups(self.features[kept], self.labels[kept], self.sizes[has_target])
 
 
 class Ranker:
     """A linear part and a booster; both look at each row alone, so the split into batches does not matter."""
 
-    def __init__(self, booster: xgb.Booster, linear: Linear) -> None:
+    def __init__(self, booster: xgb.Booster, linear: Linear, columns: Sequence[str] = ()) -> None:
+        """columns: names of the F features in order; empty for a ranker whose file does not have them."""
         self.booster = booster
         self.linear = linear
+        self.columns = list(columns)
         self.booster.set_param({"nthread": 1})
 
     def score(self, features: np.ndarray) -> np.ndarray:
@@ -68,13 +72,14 @@ class Ranker:
         trees (Saabas, 2014)."""
         if not len(features):
             return np.zeros((0, features.shape[1]), np.float32)
-        matrix = xgb.DMatrix(features, feature_names=self.booster.feature_names, nthread=1)
+        matrix = xgb.DMatrix(features, nthread=1)
         out = self.booster.predict(matrix, pred_contribs=True, approx_contribs=True)
         return np.asarray(out[:, :-1], np.float32) + self.linear.contributions(features)
 
     def to_bytes(self) -> bytes:
-        """UBJ; the linear part is an attribute of the booster."""
-        self.booster.set_attr(linear=self.linear.to_json())
+        """UBJ; the linear part and the names of the columns are attributes of the booster."""
+        # Not feature_names: from then on XGBoost refuses every matrix that does not repeat them.
+        self.booster.set_attr(linear=self.linear.to_json(), columns=json.dumps(self.columns))
         return bytes(self.booster.save_raw("ubj"))
 
     @classmethod
@@ -82,16 +87,18 @@ class Ranker:
         """ArtifactError for anything but a booster of these features, in this order."""
         try:
             booster = xgb.Booster(model_file=bytearray(data))
-            columns = booster.num_features()
+            count = booster.num_features()
         except xgb.core.XGBoostError as error:
             raise ArtifactError("the ranker is not a readable XGBoost model") from error
-        if columns != len(reads.names):
-            raise ArtifactError(f"the ranker has {columns} features, its model {len(reads.names)}")
-        learnt = booster.feature_names or reads.names
-        if learnt != reads.names:
-            other = next(pair for pair in zip(learnt, reads.names, strict=True) if pair[0] != pair[1])
-            raise ArtifactError(f"the ranker has learnt from the feature {other[0]} where its model gives {other[1]}")
-        return cls(booster, Linear.from_json(booster.attr("linear") or ""))
+        if count != len(reads.names):
+            raise ArtifactError(f"the ranker has {count} features, its model {len(reads.names)}")
+        columns = json.loads(booster.attr("columns") or "[]")
+        for learnt, given in zip(columns, reads.names, strict=False):
+            if learnt != given:
+                raise ArtifactError(
+                    f"the ranker has learnt from the feature {learnt} where its model gives {given}; train anew"
+                )
+        return cls(booster, Linear.from_json(booster.attr("linear") or ""), columns)
 
 
 def train_ranker(
@@ -139,7 +146,4 @@ def train_ranker(
         early_stopping_rounds=sizes.patience,
         verbose_eval=False,
     )
-    best = booster[: booster.best_iteration + 1]
-    # They go into the file, so that a ranker never reads one column for another.
-    best.feature_names = reads.names
-    return Ranker(best, linear)
+    return Ranker(booster[: booster.best_iteration + 1], linear, reads.names)

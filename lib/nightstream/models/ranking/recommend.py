@@ -58,8 +58,8 @@ def recommend_block(
         segment[np.isneginf(scores.ensemble[rest])] = -np.inf
         chosen[rest] = best_columns(segment, k_found)
         best[rest] = np.take_along_axis(segment, chosen[rest], 1)
-    found = ~np.isneginf(best)
-    lists.rows[:, :k_found] = np.where(found, chosen + 1, 0)
-    lists.scores[:, :k_found] = np.where(found, best, 0)
+    listed = ~np.isneginf(best)
+    lists.rows[:, :k_found] = np.where(listed, chosen + 1, 0)
+    lists.scores[:, :k_found] = np.where(listed, best, 0)
     explain(lists, windows, table, sources, scores, ranker, values)
     return lists

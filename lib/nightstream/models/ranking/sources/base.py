@@ -135,8 +135,8 @@ class CandidateSource(ABC):
     """What one source has learnt. A subclass says what it learns and what it says of items; the rest has defaults.
 
     name: its key in the registry. strategy: whose reason its items are; sources may share one. features: what the
-    ranker reads of a candidate, in the order of `values`. arrays: names of all arrays that to_arrays gives, unlike
-    those of any other source. limit: candidates that it puts forward for each user.
+    ranker reads of a candidate, in the order of `values`. arrays: names of all arrays that to_arrays gives. Names of
+    features and arrays are unlike those of any other source. limit: candidates that it puts forward for each user.
     """
 
     name: ClassVar[str]

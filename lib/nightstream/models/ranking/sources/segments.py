@@ -64,15 +64,15 @@ class Segments(CandidateSource):
             float32 [B, C].
         """
         total = np.zeros(items.shape, np.float32)
-        found = np.zeros((len(users), 1), np.float32)
+        attributes = np.zeros((len(users), 1), np.float32)
         for offset, values in zip(self.offsets.tolist(), users.categories, strict=False):
             if offset < 0:
                 continue
             for column in values.T:
                 has = column > 0
                 total[has] += self.segments[(offset + column[has])[:, None], items[has]]
-                found[has] += 1
-        return np.where(found > 0, total / np.maximum(found, 1), popularity[items]).astype(np.float32)
+                attributes[has] += 1
+        return np.where(attributes > 0, total / np.maximum(attributes, 1), popularity[items]).astype(np.float32)
 
     def values(self, candidates: Candidates) -> list[np.ndarray]:
         view = candidates.view
