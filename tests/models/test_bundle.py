@@ -51,10 +51,10 @@ def test_files_of_one_name_are_told_apart():
         model = to_artifacts(untrained_model(ring_sequences(), seed=seed))
         files.append(model | {bundle.FEATURES_FILE: statistics.to_json().encode()})
     bundles = [bundle.Bundle("of one name", "", each, catalogue.NO_ITEMS) for each in files]
-    vectors = [p.load().model.members[0].items.ids.weight for p in bundles]
+    vectors = [b.load().model.members[0].items.ids.weight for b in bundles]
     assert not torch.equal(vectors[0], vectors[1])
     assert torch.equal(vectors[1], vectors[2])
-    assert [p.load().statistics.words for p in bundles] == [(), (), ("more",)]
+    assert [b.load().statistics.words for b in bundles] == [(), (), ("more",)]
     assert dataclasses.replace(bundles[2]).load() is bundles[2].load()
 
 

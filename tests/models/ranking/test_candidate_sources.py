@@ -47,6 +47,8 @@ def test_a_model_keeps_the_sources_that_it_was_trained_with(monkeypatch: pytest.
         earlier.get(ItemKnn)
     with pytest.raises(ArtifactError, match=r"the arrays knn\.data"):
         Sources.from_arrays(sources.to_arrays(), earlier.names)
+    with pytest.raises(ArtifactError, match="lacks the candidate source popularity"):
+        without(sources, "popularity")
     fewer = {name: kind for name, kind in SOURCES.items() if name != "trend"}
     monkeypatch.setattr(candidate_sources, "SOURCES", fewer)
     with pytest.raises(ArtifactError, match=r"not registered here \(trend\)"):

@@ -78,9 +78,13 @@ class Sources:
             fitted = {name: _restored(SOURCES[name], left) for name in names}
         except (KeyError, ValueError) as error:
             raise ArtifactError(f"the candidate sources are incomplete: {error}") from error
-        if left or Popularity.name not in fitted:
-            about = f"has the arrays {', '.join(sorted(left))}" if left else f"is {Popularity.name}"
-            raise ArtifactError(f"no candidate source of the model {about}; register it or publish another version")
+        if left:
+            raise ArtifactError(
+                f"no candidate source of the model has the arrays {', '.join(sorted(left))}; "
+                "register the source that they belong to or publish another version"
+            )
+        if Popularity.name not in fitted:
+            raise ArtifactError(f"the model lacks the candidate source {Popularity.name}; publish another version")
         return cls(fitted, recency)
 
 
