@@ -21,7 +21,7 @@ from pyspark.errors import AnalysisException
 ROOT = Path(__file__).parent.parent
 BASE = str(ROOT / "conf" / "base.yaml")
 FILES = sorted(path for folder in ("jobs", "streaming") for path in (ROOT / folder).glob("*.py"))
-COMMANDS = ("ingest", "train", "publish", "apply", "nightly", "evaluate", "serve", "freshness", "demo")
+COMMANDS = ("ingest", "train", "publish", "apply", "nightly", "evaluate", "serve", "sync", "freshness", "demo")
 
 pytestmark = pytest.mark.usefixtures("restored_logging")
 

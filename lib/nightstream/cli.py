@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -201,6 +202,22 @@ def freshness(
 
 
 @app.command()
+def sync(
+    files: Files,
+    overrides: Overrides = None,
+    log_json: Json = False,
+    until_idle: Annotated[bool, typer.Option("--until-idle", help="Copy what is there, then end.")] = False,
+) -> None:
+    """Keep a key-value copy of the newest lists, until it is interrupted.
+
+    Every user's newest list goes to PostgreSQL or Redis (the section sync of the settings), as soon as it is
+    committed. Started again, it goes on where it was.
+    """
+    stopping = threading.Event()
+    _run("sync", files, overrides, log_json, stopping=stopping, needs_spark=_lies_elsewhere, until_idle=until_idle)
+
+
+@app.command()
 def demo(files: Files, overrides: Overrides = None, log_json: Json = False, as_of: AsOf = None) -> None:
     """A night and a day on MovieLens-100k.
 
@@ -269,26 +286,37 @@ def _run(
     log_json: bool,
     quiet: bool = False,
     stopping: threading.Event | None = None,
+    needs_spark: Callable[[settings.Settings], bool] = lambda loaded: True,
     **options: Any,
 ) -> None:
     """Load the settings, import the step, give it a session, print what it returns as JSON on stdout."""
     logs.configure(log_json)
     loaded = settings.load(files, overrides or ())
-    session = importlib.import_module("nightstream.runtime.session")
-    run: Callable[..., dict[str, Any] | None] = importlib.import_module(f"nightstream.steps.{step}").run
-    log.info("starting Spark", extra={"step": step})
-    spark = session.build(loaded.spark, f"nightstream {step}")
+    spark = None
+    with ThreadPoolExecutor(1) as pool:
+        # Torch takes as long to import as Spark to start.
+        importing = pool.submit(importlib.import_module, f"nightstream.steps.{step}")
+        if needs_spark(loaded):
+            session = importlib.import_module("nightstream.runtime.session")
+            log.info("starting Spark", extra={"step": step})
+            spark = session.build(loaded.spark, f"nightstream {step}")
+        run: Callable[..., dict[str, Any] | None] = importing.result().run
     if stopping is not None:
         # After the session: PySpark puts a handler of its own in place when it starts.
         _stop_on_signals(stopping)
         options["stop"] = stopping.is_set
     try:
-        result = run(spark, loaded, **options)
+        result = run(spark=spark, settings=loaded, **options)
     finally:
-        if "DATABRICKS_RUNTIME_VERSION" not in os.environ:
+        if spark is not None and "DATABRICKS_RUNTIME_VERSION" not in os.environ:
             spark.stop()
     if result is not None and not quiet:
         typer.echo(json.dumps(result, indent=2, default=str))
+
+
+def _lies_elsewhere(loaded: settings.Settings) -> bool:
+    """Whether only Spark reaches the tables: in a catalog, an object store, or beside a Spark Connect server."""
+    return not loaded.storage.is_folder or bool(os.environ.get("SPARK_REMOTE") or loaded.spark.remote)
 
 
 def _stop_on_signals(stopping: threading.Event) -> None:

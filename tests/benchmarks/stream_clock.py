@@ -156,7 +156,8 @@ class Stream:
         clock.wait(lambda: len(clock.merges) > merges and sum(n for _, n in clock.commits[commits:]) >= events)
         visible, merged = clock.commits[-1][0] - begun, clock.merges[-1][0] - begun
         assert clock.committed is not None
-        rest = min(background_merge.REST * clock.merges[-1][1], background_merge.LONGEST_REST)
+        share = self.settings.stream.merge_share
+        rest = min((1 / share - 1) * clock.merges[-1][1], background_merge.LONGEST_REST)
         found = Sample(visible, merged, *bare.seconds(clock.committed))
         # What follows the commits rests after its MERGEs; the next sample must not wait for that.
         time.sleep(max(0.0, rest - sum((found.append, found.merges))) + 0.2)
@@ -175,7 +176,7 @@ class Bare:
     def seconds(self, rows: Cut) -> tuple[float, float]:
         """Of an append to `refreshes`, and of the two MERGEs side by side."""
         begun = time.monotonic()
-        self.storage.append(REFRESHES, rows.rows)
+        self.storage.append(REFRESHES, rows)
         appended = time.monotonic()
         commits.merge(self.storage, commits.newest_committed(self.storage, [rows]), self.layout, 1)
         return appended - begun, time.monotonic() - appended

@@ -3,7 +3,8 @@
     NIGHTSTREAM_FAULT="after append events" python killable.py serve --settings FILE
 
 The fault is `before` or `after`, the operation (append, merge, batch) and the table; a number behind it means that only
-so many-th write dies. Without NIGHTSTREAM_FAULT it is the console script. The process must lead a process group of its
+so many-th write dies. With `stop` instead, the process stands still before the write until somebody lets it go on
+(SIGSTOP, SIGCONT). Without NIGHTSTREAM_FAULT it is the console script. The process must lead a process group of its
 own, because the group is what dies.
 """
 
@@ -33,11 +34,16 @@ TOGETHER = {
 PATIENCE = 6.0  # seconds; where a batch does not have the chosen write, the others go on after it
 
 
-def die() -> None:
+def signal_all(number: int) -> None:
+    """To this process and its JVM."""
     group = os.getpgrp()
     if group != os.getpid():
-        raise RuntimeError("this process does not lead its group: killing the group would kill who started it")
-    os.killpg(group, signal.SIGKILL)
+        raise RuntimeError("this process does not lead its group: the signal would reach who started it")
+    os.killpg(group, number)
+
+
+def die() -> None:
+    signal_all(signal.SIGKILL)
     time.sleep(60)
 
 
@@ -57,6 +63,8 @@ class Fault:
         def write(*arguments: Any, **options: Any) -> Any:
             table = table_of(*arguments)
             chosen = (operation, table) == (self.operation, self.table)
+            if chosen and self.when == "stop" and self._is_due():
+                signal_all(signal.SIGSTOP)
             beside = operation == self.operation and table in self.beside
             if chosen and self.when == "before" and self._is_due():
                 self._let_others_end()

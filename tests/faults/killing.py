@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 from killable import VARIABLE
 
 KILLABLE = Path(__file__).with_name("killable.py")
@@ -58,6 +59,17 @@ class Victim:
     def died(self, seconds: float = LONGEST_WAIT) -> None:
         """Wait for the process to die of its fault."""
         assert self.ended(seconds) == -signal.SIGKILL, self.said()
+
+    def stood_still(self, seconds: float = LONGEST_WAIT) -> None:
+        """Wait for the process to stop of its fault."""
+        process, deadline = psutil.Process(self._started().pid), time.monotonic() + seconds
+        while process.status() != psutil.STATUS_STOPPED:
+            assert self.exit_code() is None, f"it ended by itself with {self.exit_code()}: {self.said()}"
+            assert time.monotonic() < deadline, f"after {seconds} s it had not stopped: {self.said()}"
+            time.sleep(0.1)
+
+    def go_on(self) -> None:
+        os.killpg(self._started().pid, signal.SIGCONT)
 
     def ended(self, seconds: float = LONGEST_WAIT) -> int:
         """Wait for the process to end; its exit code."""

@@ -34,13 +34,20 @@ from nightstream.store.tables import (
 from pyspark.sql import functions as F
 from states import assert_merged, assert_same, recomputed, state_of
 
-WRITES = ("append quarantine", "append events", "append duplicates", "append raw_events", "merge events")
-WRITES += ("append seen_overflow", "append refreshes")
-# The first MERGEs are those at the start, of what was left; the second ones follow a micro-batch.
-WRITES += tuple(f"merge {table}{number}" for table in ("user_vectors", "recommendations") for number in ("", " 2"))
+APPENDS = ("append quarantine", "append events", "append duplicates", "append raw_events", "merge events")
+APPENDS += ("append seen_overflow", "append refreshes")
+MERGES = ("merge user_vectors", "merge recommendations")
+
+
+def around(*writes: str) -> list[str]:
+    return [f"{when} {write}" for write in writes for when in ("before", "after")]
+
+
 # Between any two writes of a micro-batch: of those side by side, each is once the first and once the last. The end of
 # the batch lies before the MERGEs that follow it, and before Spark notes in the checkpoint that the batch is done.
-PLACES = [*(f"{when} {write}" for write in WRITES for when in ("before", "after")), "after batch stream"]
+# The MERGEs come twice: at a start, of what the process before has left, and after a micro-batch, where nothing is.
+PLACES = [*around(*APPENDS), *around(*MERGES), "after batch stream"]
+PLACES += [place for merge in around(*MERGES) for place in ("before append refreshes", merge)]
 START_SECONDS = 12.0
 
 
@@ -109,11 +116,11 @@ def assert_same_books(storage: Storage, other: Storage) -> None:
     assert consumed[0] == consumed[1]
 
 
-def killed(night, tmp_path, places: list[str], moments: int, seed: int):
+def killed(night, tmp_path, places: list[str], moments: int, seed: int, engine: str = "auto"):
     """A stream killed at these places and at so many random moments, then run to the end; and one over the same files
     without faults."""
     storage, settings = night("killed")
-    settings, file = prepared(settings, tmp_path)
+    settings, file = prepared(settings, tmp_path, storage__engine=engine)
     rng, checkpoint = random.Random(seed), settings.stream.checkpoint
     arrivals = Arrivals(Path(settings.stream.path), seed)
     # More than one micro-batch takes.
@@ -144,13 +151,15 @@ def test_killed_between_two_writes_and_at_a_moment_it_ends_in_the_undisturbed_st
 
 
 @pytest.mark.faults
-def test_killed_at_every_write_it_ends_in_the_undisturbed_state(night, tmp_path):
-    killed(night, tmp_path, PLACES, 0, 7)
+@pytest.mark.parametrize("engine", ["spark", "delta-rs"])
+def test_killed_at_every_write_it_ends_in_the_undisturbed_state(night, tmp_path, engine):
+    killed(night, tmp_path, PLACES, 0, 7, engine)
 
 
 @pytest.mark.faults
-def test_killed_at_thirty_moments_it_ends_in_the_undisturbed_state(night, tmp_path):
-    killed(night, tmp_path, [], 30, 8)
+@pytest.mark.parametrize("engine", ["spark", "delta-rs"])
+def test_killed_at_thirty_moments_it_ends_in_the_undisturbed_state(night, tmp_path, engine):
+    killed(night, tmp_path, [], 30, 8, engine)
 
 
 @pytest.mark.faults

@@ -82,7 +82,7 @@ def test_every_row_ends_in_one_table(spark, settings, storage):
     assert second.added == {"raw_events": 8, "events": 4, "quarantine": 1, "duplicates": 3}
     # Without its cache it is computed anew, from the tables that it has changed itself.
     second.release()
-    assert types(second.accepted) == ACCEPTED
+    assert types(second.accepted.rows) == ACCEPTED
     assert ids(second.refold_users, "user_id") == REFOLDED
     assert check(storage) == {"raw_events": 12, "events": 7, "quarantine": 2, "duplicates": 3}
     stored = {r.event_id: r for r in storage.read(EVENTS).collect()}
@@ -98,9 +98,9 @@ def test_every_row_ends_in_one_table(spark, settings, storage):
     before = contents(storage)
     again = record(storage, payloads(spark, SECOND[::-1], "f2"), settings, True)
     assert (again.counts, set(again.added.values())) == (second.counts, {0})
-    assert types(again.accepted) == ACCEPTED
+    assert types(again.accepted.rows) == ACCEPTED
     # And nobody is refreshed whom the first time left alone.
-    assert REFOLDED <= ids(again.refold_users, "user_id") <= REFOLDED | ids(second.accepted, "user_id")
+    assert REFOLDED <= ids(again.refold_users, "user_id") <= REFOLDED | ids(second.accepted.rows, "user_id")
     assert contents(storage) == before
 
     # A renewed checkpoint reads everything again under another identity; so does a batch ingest.
@@ -120,14 +120,14 @@ def test_every_row_ends_in_one_table(spark, settings, storage):
 )
 def test_known_ids_spare_the_table_and_change_nothing(spark, settings, storage, monkeypatch, batch):
     record(storage, payloads(spark, FIRST, "f1"), settings)
-    known = IdFilter.of(storage.read(EVENTS))
+    known = IdFilter.of(storage)
     asked = []
     known_of = resolve.known
     monkeypatch.setattr(resolve, "known", lambda *arguments: asked.append(1) or known_of(*arguments))
     found = record(storage, payloads(spark, batch, "f2"), settings, True, fresh=True, id_filter=known)
     new = len({json.loads(x)["event_id"] for x in batch} - {"a"})
     assert found.counts == Counts(2, new, 0, 2 - new)
-    assert found.accepted_table["event_id"].to_pylist() == [r.event_id for r in found.accepted.collect()]
+    assert found.accepted.table["event_id"].to_pylist() == [r.event_id for r in found.accepted.rows.collect()]
     assert bool(asked) == (new < 2)
     check(storage)
     # What this batch brought is known to the next one.
@@ -136,23 +136,23 @@ def test_known_ids_spare_the_table_and_change_nothing(spark, settings, storage, 
 
 
 def test_a_batch_too_large_for_the_driver_is_known_to_the_next_one(spark, settings, storage, monkeypatch):
-    known = IdFilter.of(storage.read_or_empty(EVENTS))
+    known = IdFilter.of(storage)
     cut = ledger.cut
     with monkeypatch.context() as patched:
         for module in (ledger, booking):
             patched.setattr(module, "cut", lambda rows, totals, **options: cut(rows, totals, **{**options, "limit": 0}))
         large = record(storage, payloads(spark, FIRST, "f1"), settings, True, fresh=True, id_filter=known)
-    assert large.accepted_table is None
+    assert large.accepted.table is None
     again = record(storage, payloads(spark, [line("a", "u1"), line("n")], "f2"), settings, True, id_filter=known)
     assert again.counts == Counts(2, 1, 0, 1)
 
 
 def test_an_event_after_its_retraction_is_stored_and_only_makes_its_user_known(spark, settings, storage):
-    known = IdFilter.of(storage.read_or_empty(EVENTS))
+    known = IdFilter.of(storage)
     record(storage, payloads(spark, [retraction("r", "late")], "f1"), settings, True, id_filter=known)
     late = record(storage, payloads(spark, [line("late"), line("other")], "f2"), settings, True, id_filter=known)
-    told = dict(zip(*(late.accepted_table[n].to_pylist() for n in ("event_id", "event_type")), strict=True))
-    assert types(late.accepted) == told == {"late": "retract", "other": "view"}
+    told = dict(zip(*(late.accepted.table[n].to_pylist() for n in ("event_id", "event_type")), strict=True))
+    assert types(late.accepted.rows) == told == {"late": "retract", "other": "view"}
     assert ids(storage.read(EVENTS)) == {"r", "late", "other"}
 
 
@@ -233,8 +233,8 @@ def test_a_crash_at_any_write_is_mended_by_a_replay(
     replayed = record(storage, payloads(spark, SECOND, "f2"), settings, micro_batch)
     assert contents(storage) == undisturbed
     if micro_batch:
-        assert types(replayed.accepted) == ACCEPTED
-        assert REFOLDED <= ids(replayed.refold_users, "user_id") <= REFOLDED | ids(replayed.accepted, "user_id")
+        assert types(replayed.accepted.rows) == ACCEPTED
+        assert REFOLDED <= ids(replayed.refold_users, "user_id") <= REFOLDED | ids(replayed.accepted.rows, "user_id")
 
 
 def test_lost_rows_and_damaged_tables_are_noticed(spark, settings, storage):

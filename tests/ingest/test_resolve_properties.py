@@ -99,16 +99,6 @@ def test_every_row_gets_the_verdict_of_the_rule(spark) -> None:
     assert {r.outcome for r in rows} == {resolve.NEW, resolve.SUPERSEDING, resolve.STORED, resolve.DUPLICATE}
 
 
-def test_what_is_all_new_needs_no_settling(spark) -> None:
-    valid = spark.createDataFrame([row("a", 1, "x", "1"), row("b", 2, "y", "2")], EVENTS.schema)
-    settled = resolve.settle(valid, resolve.known(valid.limit(0), valid.select("event_id"), RETRACTION))
-    quick = resolve.all_new(valid)
-    assert set(quick.columns) == set(settled.columns)
-    known = ["raw_id", "kept_raw_id", "outcome", "dead", "old"]
-    assert sorted(quick.select(known).collect()) == sorted(settled.select(known).collect())
-    assert quick.schema["old"].dataType == EVENTS.schema
-
-
 def test_mentions_are_the_event_and_its_retractions_once_each(spark) -> None:
     rows = [row("a", 1, "x", "1"), row("b", 1, "x", "2"), retraction("r", "a"), retraction("s", "b")]
     # A view that names another event retracts nothing.

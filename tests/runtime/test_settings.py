@@ -135,6 +135,14 @@ def test_unreadable_files_and_overrides_come_at_once(tmp_path):
         "gate.sample_events=10",
         "storage.kind=cloud",
         "spark.remote=localhost:15002",
+        "sync.target=mongodb",
+        "sync.url=''",
+        "sync.table=lists; DROP TABLE users",
+        "sync.table=a.b.c",
+        "sync.prefix=''",
+        "sync.poll_seconds=0",
+        "sync.batch_rows=0",
+        "sync.retry_seconds=-1",
         "evaluation.delays_seconds=[]",
         "evaluation.delays_seconds=[-1]",
         "events.min_value=1e10",
@@ -195,6 +203,30 @@ def test_a_token_in_the_address_of_a_server_is_refused_and_not_repeated(remote):
     (problem,) = problems(overrides=[f"spark.remote={remote}"])
     assert "spark.remote" in problem
     assert "hush" not in problem
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:hush@host/0",
+        "redis://:pre-${env:PART}@host/0",
+        "postgresql://me:hush@host/d",
+        "postgresql://me@host/d?password=hush",
+        "postgresql://me@host/d?sslpassword=hush",
+        "redis://[hush",
+    ],
+)
+def test_a_password_in_the_address_of_a_store_is_refused_and_not_repeated(url):
+    (problem,) = problems(overrides=[f"sync.url={json.dumps(url)}"])
+    assert "sync.url" in problem
+    assert not re.search("hush|pre-", problem)
+
+
+@pytest.mark.parametrize(
+    "url", ["${env:ALL}", "redis://:${secret:scope/a-key}@host/0", "postgresql://${env:USER}:${env:PASSWORD}@h:1/d?a=b"]
+)
+def test_references_and_harmless_addresses_pass(url):
+    assert settings.load([BASE], [f"sync.url={json.dumps(url)}"]).sync.url == url
 
 
 def test_references_and_harmless_options_pass():

@@ -186,7 +186,8 @@ def test_a_merge_that_meets_another_writer_is_tried_again_and_loses_nothing(
             time.sleep(0.05)
         patched.undo()
         try:
-            met(storage, table)
+            # Of one object's writes to a table each waits for the one before.
+            met(Storage(spark, storage.settings), table)
         finally:
             (tmp_path / "go").touch()
         if attempts == 1:

@@ -97,6 +97,7 @@ def test_a_driver_that_does_not_see_the_executors_files_asks_the_tables(
     spark, night, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage, _ = night("known")
+    monkeypatch.setattr(storage, "local", None)
     glob = Path.glob
     monkeypatch.setattr(Path, "glob", lambda self, name: iter(()) if name.startswith("part-") else glob(self, name))
     known = StateCache(storage, tmp_path / "scratch")

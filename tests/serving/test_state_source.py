@@ -12,7 +12,7 @@ from nightstream.serving.state_source import DriverStates, ExecutorStates, Touch
 from nightstream.store.materialize import Cut
 
 ELSEWHERE = object()  # stands for a frame whose rows are not on the driver
-FEW = Recorded(Counts(), {}, accepted=ELSEWHERE, accepted_table=pa.table({"user_id": ["b", "a", "b"]}))
+FEW = Recorded(Counts(), {}, accepted=Cut(ELSEWHERE, {}, pa.table({"user_id": ["b", "a", "b"]})))
 BEHIND = Cut(ELSEWHERE, {"users": 2}, pa.table({"user_id": ["a", "c"]}))
 
 
@@ -28,8 +28,8 @@ def driver() -> DriverStates:
         (Touched(FEW, BEHIND), ["b", "a", "c"]),
         (Touched(Recorded(Counts(), {}), BEHIND), ["a", "c"]),
         (Touched(Recorded(Counts(), {}), None), []),
-        (Touched(replace(FEW, accepted_table=None), BEHIND), None),
-        (Touched(FEW, replace(BEHIND, table=None)), None),
+        (Touched(replace(FEW, accepted=Cut(ELSEWHERE, {})), BEHIND), None),
+        (Touched(FEW, Cut(ELSEWHERE, BEHIND.totals)), None),
     ],
 )
 def test_the_users_are_known_where_all_of_them_are_on_the_driver(driver, touched, users):

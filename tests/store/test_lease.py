@@ -51,12 +51,16 @@ def test_one_that_ran_out_is_not_written_under(storage):
 
 
 def test_a_holder_that_lost_it_may_not_write_on(storage):
-    with lease.Lease(storage, "a", "stream", 5, 3, wait=False) as held:
-        held.check()
-        later = datetime.now(UTC) + timedelta(seconds=30)
-        assert lease.take(storage, "b", "nightly", later, 60, 3) is None
-        deadline = time.monotonic() + 20
-        while held.lost_to is None and time.monotonic() < deadline:
-            time.sleep(0.2)
+    held = lease.Lease(storage, "a", "stream", 5, 3, wait=False).__enter__()
+    held.check()
+    held.confirm()
+    later = datetime.now(UTC) + timedelta(seconds=30)
+    assert lease.take(storage, "b", "nightly", later, 60, 3) is None
+    deadline = time.monotonic() + 20
+    while held.lost_to is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for refused in (held.check, held.confirm, lambda: held.__exit__(None, None, None)):
         with pytest.raises(WriterBusyError, match=r"taken over by nightly \(b\)"):
-            held.check()
+            refused()
+    # What went wrong before is what is told.
+    held.__exit__(RuntimeError, None, None)

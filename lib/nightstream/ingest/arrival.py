@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 
-import pyarrow as pa
-import pyarrow.compute as pc
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
@@ -14,7 +13,7 @@ from nightstream.store.materialize import Cut
 
 # Up to so many rows of a batch, their ids (some 50 bytes each) go to every task instead of shuffling `events`.
 _BROADCAST_ROWS = 200_000
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def totals(retraction_type: str) -> dict[str, Column]:
@@ -34,14 +33,13 @@ def totals(retraction_type: str) -> dict[str, Column]:
 class Arrival:
     """Rows of parse.parse with their raw_id, cut off.
 
-    rows: all of them. table: the same, where they are on the driver.
+    all: the rows.
     raw, quarantine, retractions: how many rows, rejected ones, and retractions.
     arrival_span: microseconds since the epoch of the first and the last arrival; None where no row tells.
     first_arrival, last_arrival, oldest_event, newest_event: UTC; None where no row has such a time.
     """
 
-    rows: DataFrame
-    table: pa.Table | None
+    all: Cut
     raw: int
     quarantine: int
     retractions: int
@@ -58,25 +56,20 @@ class Arrival:
         first, last = totals["first_arrival"], totals["last_arrival"]
         times = (_time(totals[n]) for n in ("first_arrival", "last_arrival", "oldest_event", "newest_event"))
         span = None if first is None else (first, last)
-        return cls(cut.rows, cut.table, totals["raw"], totals["quarantine"], totals["retractions"], span, *times)
+        return cls(cut, totals["raw"], totals["quarantine"], totals["retractions"], span, *times)
 
     @property
-    def valid(self) -> int:
+    def valid_count(self) -> int:
         """How many rows tell a valid event."""
         return self.raw - self.quarantine
 
-    @property
-    def rejected_rows(self) -> DataFrame:
-        return self.rows.where(F.col("reason").isNotNull())
+    @cached_property
+    def rejected(self) -> Cut:
+        return self.all.where_not_null("reason")
 
-    @property
-    def valid_rows(self) -> DataFrame:
-        return self.rows.where(F.col("reason").isNull())
-
-    @property
-    def valid_table(self) -> pa.Table | None:
-        """`valid_rows`, where they are on the driver."""
-        return None if self.table is None else self.table.filter(pc.is_null(self.table["reason"]))
+    @cached_property
+    def valid(self) -> Cut:
+        return self.all.where_null("reason")
 
     @property
     def is_small(self) -> bool:
@@ -88,4 +81,4 @@ class Arrival:
 
 
 def _time(micros: int | None) -> datetime | None:
-    return None if micros is None else _EPOCH + timedelta(microseconds=micros)
+    return None if micros is None else EPOCH + timedelta(microseconds=micros)

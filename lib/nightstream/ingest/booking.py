@@ -9,30 +9,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 
-import numpy as np
 import pyarrow.compute as pc
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from nightstream.errors import TableError
 from nightstream.ingest import history, resolve
-from nightstream.ingest.arrival import Arrival
-from nightstream.ingest.id_filter import HASHES, IdFilter
+from nightstream.ingest.arrival import EPOCH, Arrival
+from nightstream.ingest.id_filter import IdFilter, hashes
 from nightstream.ingest.resolve import OUTCOMES, Resolution
 from nightstream.store.concurrency import finish, start
 from nightstream.store.materialize import LOCAL_ROWS, Cut, cut
+from nightstream.store.merge import Merge, When
 from nightstream.store.storage import Storage
 from nightstream.store.tables import DUPLICATES, EVENTS, QUARANTINE, RAW_EVENTS, TableSpec
 
 _ROWS_PER_FILE = 500_000
+Span = tuple[int, int] | None
 
 
-def resolved(
-    storage: Storage, arrival: Arrival, retraction_type: str, id_filter: IdFilter | None
-) -> tuple[Resolution, list[Cut]]:
-    """What becomes of the valid rows, and what is to be released when nobody reads that any more.
+def resolved(storage: Storage, arrival: Arrival, retraction_type: str, id_filter: IdFilter | None) -> Resolution:
+    """What becomes of the valid rows.
 
     Of `events` at one version: what is computed again later must not see what was written in between.
 
@@ -47,46 +47,49 @@ def resolved(
     """
     if _brings_only_new(storage, arrival, retraction_type, id_filter):
         # The common case; what follows takes several jobs.
-        return Resolution(resolve.all_new(arrival.valid_rows), new=arrival.valid, as_they_came=True), []
+        return Resolution(new=arrival.valid_count)
     totals = {outcome: F.count_if(F.col("outcome") == outcome) for outcome in OUTCOMES}
     retraction = (F.col("event_type") == retraction_type) & (F.col("raw_id") == F.col("kept_raw_id"))
     totals |= {"retractions": F.count_if(retraction), "damaged": F.count_if(F.col("copies") > 1)}
-    version = None if arrival.valid <= LOCAL_ROWS else storage.version(EVENTS)
-    settled = cut(_settled(storage.read(EVENTS, version), arrival, retraction_type), totals, size=arrival.valid)
+    version = None if arrival.valid_count <= LOCAL_ROWS else storage.version(EVENTS)
+    settled = cut(_settled(storage.read(EVENTS, version), arrival, retraction_type), totals, size=arrival.valid_count)
     counts = {name: settled.totals[name] for name in (*OUTCOMES, "retractions")}
-    if settled.totals["damaged"] or sum(counts[outcome] for outcome in OUTCOMES) != arrival.valid:
+    if settled.totals["damaged"] or sum(counts[outcome] for outcome in OUTCOMES) != arrival.valid_count:
         raise TableError(
             "table events holds an event_id more than once, written by two processes at a time; "
             "keep the newest row of each event_id and move the others to duplicates"
         )
-    return Resolution(settled.rows, **counts), [settled]
+    return Resolution(settled, **counts)
 
 
 def _brings_only_new(storage: Storage, arrival: Arrival, retraction_type: str, id_filter: IdFilter | None) -> bool:
     """Whether no event_id of the rows occurs twice, in them or in `events`, and no retraction is about. Adds the ids to
     the known ones."""
-    valid = arrival.valid_table
+    valid = arrival.valid.table
     if valid is None:
         if id_filter is not None:
-            id_filter.add_rows(arrival.valid_rows, arrival.valid)
+            id_filter.add_rows(arrival.valid.rows, arrival.valid_count)
         return False
     if id_filter is not None:
-        hashes = [np.asarray(valid[name], np.int64) for name in HASHES]
-        met_before = id_filter.may_hold(hashes[0])
+        met_before = id_filter.may_hold(hashes(valid["event_id"]))
         # Known from here on, whatever becomes of this batch: a claim too many does no harm.
-        id_filter.add(np.concatenate(hashes))
-    if arrival.retractions or pc.count_distinct(valid["event_id"]).as_py() < arrival.valid:
+        id_filter.add_ids(valid)
+    if arrival.retractions or pc.count_distinct(valid["event_id"]).as_py() < arrival.valid_count:
         return False
     if id_filter is not None and not met_before:
         return True
-    wanted = storage.spark.createDataFrame(valid.select(["event_id"]))
-    mentioned = resolve.mentions(storage.read(EVENTS), F.broadcast(wanted), retraction_type)
-    # A replay finds as many as it brings, and so many are on the driver already.
-    return mentioned.select("event_id").toArrow().num_rows == 0
+    mentioned = storage.query(
+        "SELECT event_id FROM {events} "
+        "WHERE event_id IN (:ids) OR (event_type = :retraction AND retracts IN (:ids)) LIMIT 1",
+        EVENTS,
+        ids=valid["event_id"].to_pylist(),
+        retraction=retraction_type,
+    )
+    return mentioned.num_rows == 0
 
 
 def _settled(before: DataFrame, arrival: Arrival, retraction_type: str) -> DataFrame:
-    valid = arrival.valid_rows
+    valid = arrival.valid.rows
     known = resolve.known(before, arrival.broadcast(valid.select("event_id")), retraction_type)
     tombstones = arrival.broadcast(history.tombstones(valid, retraction_type)) if arrival.retractions else None
     return resolve.settle(valid, arrival.broadcast(known), tombstones)
@@ -97,7 +100,7 @@ class Append:
     """Rows that a table lacks. count: how many they are. present: how many more it would have been, and has already."""
 
     spec: TableSpec
-    rows: DataFrame
+    rows: Cut
     count: int
     present: int = 0
 
@@ -112,7 +115,7 @@ class Plan:
     """
 
     first: Sequence[Append]
-    superseding: DataFrame | None
+    superseding: Cut | None
     last: Sequence[Append]
     is_awaited: bool
 
@@ -132,16 +135,13 @@ def stream_plan(storage: Storage, arrival: Arrival, resolution: Resolution, fres
         fresh: nobody has tried to book these rows before: unless some of them are found elsewhere, they need not be
             looked for in raw_events.
     """
-    span = None
-    if arrival.arrival_span is not None:
-        # What a micro-batch wrote before has its rows' arrival times: Delta then skips most files of large tables.
-        first, last = (F.timestamp_micros(F.lit(micros)) for micros in arrival.arrival_span)
-        span = F.col("arrival_time").isNull() | F.col("arrival_time").between(first, last)
+    # What a micro-batch wrote before has its rows' arrival times: Delta then skips most files of large tables.
+    span = arrival.arrival_span
     others = _verdicts(storage, arrival, resolution, span)
     if fresh and not resolution.stored and not any(append.present for append in others):
-        raw = Append(RAW_EVENTS, arrival.rows, arrival.raw)
+        raw = Append(RAW_EVENTS, arrival.all, arrival.raw)
     else:
-        raw = _lacking(storage, RAW_EVENTS, arrival.rows, arrival.raw, arrival, span)
+        raw = _lacking(storage, RAW_EVENTS, arrival.all, arrival.raw, arrival, span)
     superseding = _superseding(resolution)
     return Plan([*others, raw], superseding, [], is_awaited=superseding is not None)
 
@@ -149,39 +149,49 @@ def stream_plan(storage: Storage, arrival: Arrival, resolution: Resolution, fres
 def batch_plan(storage: Storage, arrival: Arrival, resolution: Resolution) -> Plan:
     """The plan of a batch ingest: raw_events last, so that its rows tell what was booked completely."""
     others = _verdicts(storage, arrival, resolution, None)
-    raw = _lacking(storage, RAW_EVENTS, arrival.rows, arrival.raw, arrival, None)
+    raw = _lacking(storage, RAW_EVENTS, arrival.all, arrival.raw, arrival, None)
     return Plan(others, _superseding(resolution), [raw], is_awaited=True)
 
 
-def _verdicts(storage: Storage, arrival: Arrival, resolution: Resolution, span: Column | None) -> list[Append]:
+def _verdicts(storage: Storage, arrival: Arrival, resolution: Resolution, span: Span) -> list[Append]:
     """What goes to quarantine, events and duplicates. span: of `_lacking`."""
-    appends = [Append(EVENTS, resolution.having(resolve.NEW), resolution.new)]
+    new = arrival.valid if resolution.as_they_came else resolution.having(resolve.NEW)
+    appends = [Append(EVENTS, new, resolution.new)]
     if arrival.quarantine:
-        appends.insert(0, _lacking(storage, QUARANTINE, arrival.rejected_rows, arrival.quarantine, arrival, span))
+        appends.insert(0, _lacking(storage, QUARANTINE, arrival.rejected, arrival.quarantine, arrival, span))
     repeated = resolution.duplicate + resolution.superseding
     if repeated:
+        repetitions = resolution.repetitions
+        there = Cut(repetitions, {}) if arrival.all.table is None else cut(repetitions, {}, size=repeated)
         # What is superseded came at another time.
-        appends.append(_lacking(storage, DUPLICATES, resolution.repetitions, repeated, arrival, None))
+        appends.append(_lacking(storage, DUPLICATES, there, repeated, arrival, None))
     return appends
 
 
-def _superseding(resolution: Resolution) -> DataFrame | None:
+def _superseding(resolution: Resolution) -> Cut | None:
     return resolution.having(resolve.SUPERSEDING).select(*EVENTS.schema.names) if resolution.superseding else None
 
 
-def _lacking(
-    storage: Storage, spec: TableSpec, rows: DataFrame, count: int, arrival: Arrival, span: Column | None
-) -> Append:
-    """Those of the rows, which are so many, whose raw_id the table does not have yet. span: the only rows of the table
-    that may have them; None for all."""
+def _lacking(storage: Storage, spec: TableSpec, rows: Cut, count: int, arrival: Arrival, span: Span) -> Append:
+    """Those of the rows, which are so many, whose raw_id the table does not have yet. span: arrival times
+    (microseconds) outside which no row of the table has one of them; None where that is not known."""
+    if rows.table is not None:
+        ids = rows.table["raw_id"]
+        within = "true" if span is None else "(arrival_time IS NULL OR arrival_time BETWEEN :first AND :last)"
+        sql = f"SELECT raw_id FROM {{{spec.name}}} WHERE {within} AND raw_id IN (:ids)"
+        first, last = (EPOCH + timedelta(microseconds=micros) for micros in span or (0, 0))
+        present = storage.query(sql, spec, first=first, last=last, ids=ids.to_pylist())["raw_id"]
+        lacking = pc.invert(pc.is_in(ids, value_set=present)) if len(present) else None
+        return Append(spec, rows if lacking is None else rows.where_mask(lacking), count - len(present), len(present))
     there = storage.read(spec, storage.version(spec))
     if span is not None:
-        there = there.where(span)
-    known = there.select("raw_id").join(arrival.broadcast(rows.select("raw_id")), "raw_id", "left_semi")
+        ends = (F.timestamp_micros(F.lit(micros)) for micros in span)
+        there = there.where(F.col("arrival_time").isNull() | F.col("arrival_time").between(*ends))
+    frame = rows.rows
+    known = there.select("raw_id").join(arrival.broadcast(frame.select("raw_id")), "raw_id", "left_semi")
     hits = known.count()
-    return Append(
-        spec, rows.join(arrival.broadcast(known), "raw_id", "left_anti") if hits else rows, count - hits, hits
-    )
+    frame = frame.join(arrival.broadcast(known), "raw_id", "left_anti") if hits else frame
+    return Append(spec, Cut(frame, {}), count - hits, hits)
 
 
 def execute(storage: Storage, plan: Plan, attempts: int, few_files: bool) -> list[Future[None]]:
@@ -211,17 +221,15 @@ def execute(storage: Storage, plan: Plan, attempts: int, few_files: bool) -> lis
 
 
 def _append(storage: Storage, append: Append, few_files: bool) -> None:
-    files = append.count // _ROWS_PER_FILE + 1
-    storage.append(append.spec, append.rows.coalesce(files) if few_files else append.rows)
+    rows = append.rows
+    if few_files and rows.table is None:
+        rows = Cut(rows.rows.coalesce(append.count // _ROWS_PER_FILE + 1), {})
+    storage.append(append.spec, rows)
 
 
-def supersede(storage: Storage, superseding: DataFrame, attempts: int) -> None:
+def supersede(storage: Storage, superseding: Cut, attempts: int) -> None:
     """Put EVENTS rows in the place of the older ones with their event_id, in one MERGE."""
-    rows = cut(superseding, {}, cached=False).rows
-    newer = "struct(new.event_time, new.content_hash) > struct(old.event_time, old.content_hash)"
-
-    def run() -> None:
-        merge = storage.table(EVENTS).alias("old").merge(rows.alias("new"), "old.event_id = new.event_id")
-        merge.whenMatchedUpdateAll(condition=newer).execute()
-
-    storage.with_retries(run, attempts, EVENTS.name)
+    rows = superseding if superseding.table is not None else cut(superseding.rows, {}, cached=False)
+    newer = "s.event_time > t.event_time OR (s.event_time = t.event_time AND s.content_hash > t.content_hash)"
+    change = Merge("t.event_id = s.event_id", (When("update", newer),))
+    storage.with_retries(lambda: storage.merge(EVENTS, rows, change), attempts, EVENTS.name)

@@ -19,8 +19,7 @@ _OLDEST_MARK = timedelta(days=5)
 def mark(storage: Storage, source: str, now: datetime) -> None:
     """Note, before they are recorded, that events of this source will be."""
     storage.create(EVENTS)
-    row = (source, now, storage.version(EVENTS))
-    storage.append(UNFOLDED, storage.spark.createDataFrame([row], UNFOLDED.schema))
+    storage.append_values(UNFOLDED, [(source, now, storage.version(EVENTS))])
 
 
 def unmark(storage: Storage) -> None:
@@ -30,7 +29,8 @@ def unmark(storage: Storage) -> None:
 
 
 def is_marked(storage: Storage) -> bool:
-    return not storage.read_or_empty(UNFOLDED).isEmpty()
+    storage.create(UNFOLDED)
+    return bool(storage.query("SELECT * FROM {unfolded} LIMIT 1", UNFOLDED).num_rows)
 
 
 def touched_users(storage: Storage, retraction_type: str, now: datetime) -> DataFrame | None:

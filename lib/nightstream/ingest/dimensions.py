@@ -24,6 +24,7 @@ from nightstream.ingest.formats import (
 )
 from nightstream.ingest.parse import BAD_ID, BLANK, NUMBER, json_objects
 from nightstream.runtime.settings import ItemSource, Settings, UserSource
+from nightstream.store.merge import Merge, When
 from nightstream.store.storage import Storage
 from nightstream.store.tables import CATEGORIES, ITEMS, NUMBERS, USERS, TableSpec
 
@@ -194,14 +195,10 @@ def merge(storage: Storage, spec: TableSpec, rows: DataFrame, attempts: int) -> 
     """Take the rows up into ITEMS or USERS by id: new descriptions replace old ones, what the rows lack stays."""
     (key,) = spec.keys
     # Maps cannot be compared, their JSON can: rows that did not change are not written again.
-    columns = ", ".join(f"old.{c} AS {c}" for c in spec.schema.names)
-    changed = f"to_json(struct({columns})) <> to_json(struct({columns.replace('old.', 'new.')}))"
-
-    def run() -> None:
-        merge = storage.table(spec).alias("old").merge(rows.alias("new"), f"old.{key} = new.{key}")
-        merge.whenMatchedUpdateAll(condition=changed).whenNotMatchedInsertAll().execute()
-
-    storage.with_retries(run, attempts, spec.name)
+    columns = ", ".join(f"t.{c} AS {c}" for c in spec.schema.names)
+    changed = f"to_json(struct({columns})) <> to_json(struct({columns.replace('t.', 's.')}))"
+    change = Merge(f"t.{key} = s.{key}", (When("update", changed), When("insert")))
+    storage.with_retries(lambda: storage.merge(spec, rows, change), attempts, spec.name)
 
 
 class ItemsSource:

@@ -4,10 +4,16 @@ ones, and then the table, the largest there is, need not be asked."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
+
+from nightstream.store.storage import Storage
+from nightstream.store.tables import EVENTS
 
 log = logging.getLogger(__name__)
 
@@ -15,12 +21,11 @@ log = logging.getLogger(__name__)
 MOST_IDS = 20_000_000
 _MOST_RECENT = 1_000_000
 
-HASHES = {"id_hash": "event_id", "retracts_hash": "retracts"}
 
-
-def with_hashes(rows: DataFrame) -> DataFrame:
-    """The rows with the hashes of the event ids that they are and that they retract, columns HASHES."""
-    return rows.withColumns({name: F.xxhash64(column) for name, column in HASHES.items()})
+def hashes(ids: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """int64 [N]: 64-bit hashes of texts, the same in every process."""
+    values = ids.drop_null().to_pandas().to_numpy(object)
+    return pd.util.hash_array(values, categorize=False).astype(np.int64)
 
 
 class IdFilter:
@@ -35,11 +40,21 @@ class IdFilter:
         self._keep(np.unique(hashes))
 
     @classmethod
-    def of(cls, events: DataFrame) -> IdFilter:
-        """All ids of EVENTS rows."""
+    def of(cls, storage: Storage) -> IdFilter:
+        """All ids of the table `events`."""
         known = cls(np.array([], np.int64))
-        known.add_rows(with_hashes(events), events.count())
-        return known
+        storage.create(EVENTS)
+        if storage.local is None:
+            events = storage.read(EVENTS)
+            known.add_rows(events, events.count())
+            return known
+        parts = [np.array([], np.int64)]
+        for batch in storage.local.batches(EVENTS, ["event_id", "retracts"]):
+            parts += [hashes(batch["event_id"]), hashes(batch["retracts"])]
+            if sum(map(len, parts)) > MOST_IDS:
+                known._give_up()
+                return known
+        return cls(np.concatenate(parts))
 
     def may_hold(self, hashes: np.ndarray) -> bool:
         """Whether one of the ids may have occurred."""
@@ -58,16 +73,19 @@ class IdFilter:
             recent = np.fromiter(self._recent, np.int64, len(self._recent))
             self._keep(np.union1d(self._sorted, recent))
 
-    def add_rows(self, rows: DataFrame, count: int) -> None:
-        """Add the ids of rows (`with_hashes`) of any number, `count`."""
+    def add_ids(self, events: pa.Table) -> None:
+        """Add the ids of EVENTS rows."""
+        self.add(np.concatenate([hashes(events["event_id"]), hashes(events["retracts"])]))
+
+    def add_rows(self, events: DataFrame, count: int) -> None:
+        """Add the ids of EVENTS rows of any number, `count`."""
         if self._claims_all or len(self._sorted) + count > MOST_IDS:
             self._give_up()
             return
-        ids = rows.select("id_hash").unionByName(
-            rows.where(F.col("retracts").isNotNull()).select(F.col("retracts_hash").alias("id_hash"))
-        )
+        retracted = events.where(F.col("retracts").isNotNull()).select(F.col("retracts").alias("event_id"))
+        ids = events.select("event_id").unionByName(retracted)
         # At most MOST_IDS numbers.
-        added = np.asarray(ids.toArrow()["id_hash"], np.int64)
+        added = np.asarray(ids.mapInArrow(_hashed, "id_hash long").toArrow()["id_hash"], np.int64)
         recent = np.fromiter(self._recent, np.int64, len(self._recent))
         self._keep(np.unique(np.concatenate([self._sorted, recent, added])))
 
@@ -84,3 +102,8 @@ class IdFilter:
                 "more event ids than are kept at hand: each micro-batch asks the table", extra={"most": MOST_IDS}
             )
         self._claims_all, self._sorted, self._recent = True, np.array([], np.int64), set()
+
+
+def _hashed(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        yield pa.record_batch([pa.array(hashes(batch["event_id"]))], ["id_hash"])

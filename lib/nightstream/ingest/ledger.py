@@ -11,14 +11,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import datetime
 
-import pyarrow as pa
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from nightstream.errors import TableError
 from nightstream.ingest import booking, history, parse, resolve
 from nightstream.ingest.arrival import Arrival, totals
-from nightstream.ingest.id_filter import IdFilter, with_hashes
+from nightstream.ingest.id_filter import IdFilter
 from nightstream.ingest.resolve import Resolution
 from nightstream.runtime.settings import Settings
 from nightstream.store.concurrency import finish
@@ -50,7 +49,6 @@ class Recorded:
     one to duplicates). After a crash, the replay counts only what it had to add itself.
     accepted: EVENTS rows of this call to be folded into windows, as history.foldable gives them; the same on
     a replay. None when nothing valid came.
-    accepted_table: the same rows where they are few enough to be on the driver, else None.
     refold_users: user_id of the users whose windows must be folded again from `events`, distinct; None when nobody.
     first_arrival, last_arrival: the earliest and the latest arrival time of the rows (UTC); None when they have none.
     oldest_event, newest_event: the earliest and the latest event time of the valid rows; None where nothing valid came.
@@ -58,8 +56,7 @@ class Recorded:
 
     counts: Counts
     added: dict[str, int]
-    accepted: DataFrame | None = None
-    accepted_table: pa.Table | None = None
+    accepted: Cut | None = None
     refold_users: DataFrame | None = None
     first_arrival: datetime | None = None
     last_arrival: datetime | None = None
@@ -96,7 +93,7 @@ def arrive(arrived: DataFrame, settings: Settings, micro_batch: bool = False) ->
     if not micro_batch:
         # A batch source is large: to try it on the driver first would read it twice.
         return cut(parse.raw_rows(arrived), wanted, limit=0)
-    return cut(with_hashes(parse.raw_rows(arrived)), wanted)
+    return cut(parse.raw_rows(arrived), wanted)
 
 
 def book(
@@ -131,10 +128,11 @@ def book(
         return Recorded(Counts(), {t.name: 0 for t in TABLES})
     arrival, retraction_type = Arrival.of(arriving), settings.events.retraction_type
     cuts = [arriving]
-    resolution = Resolution(resolve.all_new(arrival.valid_rows))
-    if arrival.valid:
-        resolution, held = booking.resolved(storage, arrival, retraction_type, id_filter)
-        cuts += held
+    resolution = Resolution()
+    if arrival.valid_count:
+        resolution = booking.resolved(storage, arrival, retraction_type, id_filter)
+    if resolution.settled is not None:
+        cuts.append(resolution.settled)
     if micro_batch:
         plan = booking.stream_plan(storage, arrival, resolution, fresh)
     else:
@@ -150,12 +148,10 @@ def book(
         users = history.changed_users(touching, storage.read(EVENTS), retraction_type)
         refold = cut(users, {"users": F.count("user_id")})
         cuts.append(refold)
-    accepted, accepted_table = _accepted(arrival, resolution, retraction_type)
     return Recorded(
-        Counts(arrival.raw, arrival.valid - resolution.duplicate, arrival.quarantine, resolution.duplicate),
+        Counts(arrival.raw, arrival.valid_count - resolution.duplicate, arrival.quarantine, resolution.duplicate),
         added,
-        accepted,
-        accepted_table,
+        _accepted(arrival, resolution, retraction_type),
         refold.rows if refold is not None and refold.totals["users"] else None,
         arrival.first_arrival,
         arrival.last_arrival,
@@ -179,11 +175,10 @@ def is_balanced(storage: Storage) -> bool:
 
 
 def _row_counts(storage: Storage) -> dict[str, int]:
-    counted = [
-        storage.read_or_empty(t).agg(F.count("*").alias("rows")).withColumn("table", F.lit(t.name)) for t in TABLES
-    ]
-    both = counted[0].unionByName(counted[1]).unionByName(counted[2].unionByName(counted[3]))
-    return {r.table: r.rows for r in both.collect()}  # four rows
+    storage.create(*TABLES)
+    counts = " UNION ALL ".join(f"SELECT '{t.name}' AS name, count(*) AS rows FROM {{{t.name}}}" for t in TABLES)
+    counted = storage.query(f"SELECT name, rows FROM ({counts}) c", *TABLES)
+    return dict(zip(counted["name"].to_pylist(), counted["rows"].to_pylist(), strict=True))
 
 
 def check(storage: Storage) -> dict[str, int]:
@@ -199,16 +194,14 @@ def check(storage: Storage) -> dict[str, int]:
     return rows
 
 
-def _accepted(
-    arrival: Arrival, resolution: Resolution, retraction_type: str
-) -> tuple[DataFrame | None, pa.Table | None]:
+def _accepted(arrival: Arrival, resolution: Resolution, retraction_type: str) -> Cut | None:
     """As of `Recorded`."""
-    if not arrival.valid:
-        return None, None
-    accepted, there = resolution.accepted(retraction_type), arrival.valid_table
-    if there is None:
-        return accepted, None
-    return accepted, there.select(EVENTS.schema.names) if resolution.as_they_came else accepted.toArrow()
+    if not arrival.valid_count:
+        return None
+    if resolution.as_they_came:
+        return arrival.valid.select(*EVENTS.schema.names)
+    settled = resolution.accepted(retraction_type)
+    return Cut(settled, {}, None if arrival.all.table is None else settled.toArrow())
 
 
 def _touching(
@@ -221,7 +214,7 @@ def _touching(
     """
     frames: list[DataFrame] = []
     if resolution.superseding:
-        frames += [resolution.superseded, resolution.having(resolve.SUPERSEDING)]
+        frames += [resolution.superseded, resolution.having(resolve.SUPERSEDING).rows]
     if with_earlier and resolution.stored:
         earlier = _superseded_earlier(storage, arrival, resolution, settings)
         frames += [] if earlier.isEmpty() else [earlier, resolution.kept]

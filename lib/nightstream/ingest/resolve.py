@@ -8,6 +8,7 @@ from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
 from nightstream.ingest.history import for_fold
+from nightstream.store.materialize import Cut
 from nightstream.store.tables import DUPLICATES, EVENTS
 
 # What `resolve` makes of a valid row.
@@ -18,37 +19,48 @@ NEW, SUPERSEDING, STORED, DUPLICATE = OUTCOMES = ("new", "superseding", "stored"
 class Resolution:
     """What becomes of the valid rows of one call.
 
-    rows: as `settle` gives them. new, superseding, stored, duplicate: how many have each outcome. retractions: how many
-    of the kept rows are retractions. as_they_came: whether nothing had to be looked for: all are new, and none is dead.
+    settled: rows as `settle` gives them; None where all are new and as they came. new, superseding, stored, duplicate:
+    how many have each outcome. retractions: how many of the kept rows are retractions.
     """
 
-    rows: DataFrame
+    settled: Cut | None = None
     new: int = 0
     superseding: int = 0
     stored: int = 0
     duplicate: int = 0
     retractions: int = 0
-    as_they_came: bool = False
 
-    def having(self, outcome: str) -> DataFrame:
-        """The rows with this outcome."""
-        return self.rows.where(F.col("outcome") == outcome)
+    @property
+    def as_they_came(self) -> bool:
+        """Whether nothing had to be looked for: all are new, and none is dead."""
+        return self.settled is None
+
+    @property
+    def rows(self) -> DataFrame:
+        """The settled rows; of what is as it came there are none."""
+        assert self.settled is not None
+        return self.settled.rows
+
+    def having(self, outcome: str) -> Cut:
+        """The settled rows with this outcome."""
+        assert self.settled is not None
+        return self.settled.where_equal("outcome", outcome)
 
     @property
     def kept(self) -> DataFrame:
-        """The rows that are in `events` in the end, retractions included."""
+        """The settled rows that are in `events` in the end, retractions included."""
         return self.rows.where(F.col("raw_id") == F.col("kept_raw_id"))
 
     @property
     def superseded(self) -> DataFrame:
         """EVENTS rows of which others take the place."""
-        return self.having(SUPERSEDING).select("old.*")
+        return self.having(SUPERSEDING).rows.select("old.*")
 
     @property
     def repetitions(self) -> DataFrame:
         """DUPLICATES rows: the repetitions among the rows, and the stored events that are superseded."""
-        here = self.having(DUPLICATE).select(*DUPLICATES.schema.names)
-        replaced = self.having(SUPERSEDING).select(
+        here = self.having(DUPLICATE).rows.select(*DUPLICATES.schema.names)
+        replaced = self.having(SUPERSEDING).rows.select(
             "old.raw_id", "event_id", F.col("raw_id").alias("kept_raw_id"), "old.arrival_time"
         )
         return here.unionByName(replaced)
@@ -83,19 +95,6 @@ def known(events: DataFrame, ids: DataFrame, retraction_type: str) -> DataFrame:
         F.max(F.when(own, F.struct(*EVENTS.schema.names))).alias("old"),
         F.count_if(own).alias("copies"),
         F.bool_or(retraction & (F.col("mentioned") == F.col("retracts"))).alias("retracted"),
-    )
-
-
-def all_new(valid: DataFrame) -> DataFrame:
-    """What `settle` gives where no event_id occurs twice, in `valid` or in `events`, and no retraction names one."""
-    return valid.withColumns(
-        {
-            "old": F.lit(None).cast(EVENTS.schema),
-            "copies": F.lit(None).cast("long"),
-            "kept_raw_id": F.col("raw_id"),
-            "outcome": F.lit(NEW),
-            "dead": F.lit(False),
-        }
     )
 
 

@@ -18,7 +18,7 @@ def write(storage: Storage, values: Mapping[str, float], version: str, at: datet
     if not values:
         return
     rows = [(name, float(value), version, dict(labels), at) for name, value in values.items()]
-    storage.append(METRICS, storage.spark.createDataFrame(rows, METRICS.schema))
+    storage.append_values(METRICS, rows)
 
 
 class Interval:

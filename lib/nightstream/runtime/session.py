@@ -80,6 +80,15 @@ def is_remote(session: Any) -> bool:
     return type(session).__module__.startswith("pyspark.sql.connect.")
 
 
+def first_in_line(session: Any) -> None:
+    """Let the jobs of this thread get the next free task slot, however many tasks others have waiting.
+
+    Over Spark Connect the server decides.
+    """
+    if session is not None and not is_remote(session):
+        session.sparkContext.setLocalProperty("spark.scheduler.pool", "first in line")
+
+
 def _connected(remote: str, app_name: str) -> Any:
     """A session on a Spark Connect server. remote: sc://host:port, with parameters behind it where the server asks for
     them. Raises MachineError where nobody answers there, and where this Python lacks the client."""
@@ -127,6 +136,8 @@ def _own(settings: SparkSettings, master: str) -> dict[str, str]:
         "spark.master": master,
         "spark.sql.warehouse.dir": settings.warehouse,
         "spark.driver.memory": settings.driver_memory,
+        # Jobs of another pool than the default one need not wait until its tasks have run, see first_in_line.
+        "spark.scheduler.mode": "FAIR",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
         # A micro-batch goes through more than the 100 compiled classes that Spark keeps, so it would compile all anew.

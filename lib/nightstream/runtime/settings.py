@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import parse_qsl, urlsplit
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -21,7 +23,7 @@ from nightstream.runtime import secrets
 CONF = (Path(__file__).parents[1] / "conf").resolve()
 EVENT_COLUMNS = ("event_id", "user_id", "item_id", "event_type", "event_time", "value", "retracts")
 # Nothing that was given there is shown in a message: it may be a secret.
-_CONFIDENTIAL = (("stream", "options"), ("spark", "remote"))
+_CONFIDENTIAL = (("stream", "options"), ("spark", "remote"), ("sync", "url"))
 
 
 class Section(BaseModel):
@@ -31,12 +33,23 @@ class Section(BaseModel):
 class StorageSettings(Section):
     root: str = Field(min_length=1)
     kind: Literal["path", "catalog"]
+    engine: Literal["auto", "spark", "delta-rs"]
     work_dir: str = Field(min_length=1)
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the tables lie in a file system of this machine."""
+        return self.kind == "path" and "://" not in self.root
+
+    @model_validator(mode="after")
+    def _can_be_written(self) -> StorageSettings:
+        if self.engine == "delta-rs" and not self.is_folder:
+            raise ValueError("engine: delta-rs writes tables in a local folder alone; with this root leave it at auto")
+        return self
 
     def scratch(self, name: str) -> Path:
         """The folder of that name below work_dir, apart from those of other installations with the same work_dir."""
-        is_folder = self.kind == "path" and "://" not in self.root
-        root = str(Path(self.root).absolute()) if is_folder else self.root
+        root = str(Path(self.root).absolute()) if self.is_folder else self.root
         return Path(self.work_dir) / f"{name}-{hashlib.sha256(f'{self.kind} {root}'.encode()).hexdigest()[:12]}"
 
 
@@ -147,6 +160,7 @@ class StreamSettings(Section):
     trigger_seconds: float = Field(ge=0, le=3600)
     snapshot_seconds: float = Field(ge=0, le=3600)
     handover_slice: int = Field(ge=0, le=1_000_000)
+    merge_share: float = Field(gt=0, le=1)
     metrics_seconds: float = Field(ge=1, le=3600)
 
     @field_validator("options")
@@ -289,6 +303,28 @@ class EvaluationSettings(Section):
         return self
 
 
+class SyncSettings(Section):
+    target: Literal["postgresql", "redis"] | None
+    url: str | None = Field(min_length=1)
+    table: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,62}(\.[A-Za-z_][A-Za-z0-9_]{0,62})?$")
+    prefix: str = Field(min_length=1, max_length=256)
+    poll_seconds: float = Field(ge=0.01, le=3600)
+    batch_rows: int = Field(ge=1, le=100_000)
+    retry_seconds: float = Field(ge=0, le=86_400)
+    checkpoint: str = Field(min_length=1)
+
+    @field_validator("url")
+    @classmethod
+    def _no_password(cls, url: str | None) -> str | None:
+        bare = secrets.REFERENCE.sub("", url or "")
+        with suppress(ValueError):
+            parts = urlsplit(bare)
+            fields = [parts.password or "", *(v for name, v in parse_qsl(parts.query) if name.endswith("password"))]
+            if not any(fields):
+                return url
+        raise ValueError("holds a password in plain text, or is no address; write ${env:NAME} in its place")
+
+
 class Settings(Section):
     storage: StorageSettings
     spark: SparkSettings
@@ -303,6 +339,7 @@ class Settings(Section):
     gate: GateSettings
     serving: ServingSettings
     evaluation: EvaluationSettings
+    sync: SyncSettings
 
 
 # Sections that an overlay replaces as a whole: merging one source's columns into another's would mix two mappings.

@@ -14,17 +14,17 @@ from nightstream.store.storage import Storage
 log = logging.getLogger(__name__)
 
 # So much may be committed and not merged yet: it is held in memory.
-MOST_PENDING = 64  # micro-batches
+MOST_PENDING = 256  # micro-batches
 MOST_PENDING_BYTES = 256 * 1024 * 1024
-REST = 2.0  # times as long as the MERGEs took
-LONGEST_REST = 10.0  # seconds
+LONGEST_REST = 30.0  # seconds
 
 
 class BackgroundMerge:
     """Merges committed rows into the serving tables while the next micro-batches are computed.
 
-    A MERGE costs seconds whatever its size, so all that was committed during one goes together into the next. After
-    each it rests for REST times as long: on few cores it would else take half of them from the micro-batches.
+    A MERGE costs seconds whatever its size, so all that was committed during one goes together into the next, of each
+    user the newest alone. After each it rests, so that MERGEs take `share` of the time: on few cores they would else
+    take half of them from the micro-batches. It does not rest while somebody waits for it.
     """
 
     def __init__(
@@ -32,10 +32,19 @@ class BackgroundMerge:
         storage: Storage,
         top_k: int,
         attempts: int,
+        share: float = 1.0,
         on_merge: Callable[[float, int], None] = lambda seconds, commits: None,
     ) -> None:
-        """on_merge: told after each MERGE how many seconds it took and how many commits went into it."""
+        """
+        Args:
+            storage: the tables.
+            top_k: items per list.
+            attempts: how often a MERGE is tried that meets another writer.
+            share: of the time, above 0 to 1.
+            on_merge: told after each MERGE how many seconds it took and how many commits went into it.
+        """
         self.storage, self.top_k, self.attempts, self.on_merge = storage, top_k, attempts, on_merge
+        self.share = share
         self.layout = commits.Layout(top_k)
         self._pending: list[Cut] = []
         self._error: Exception | None = None
@@ -75,6 +84,12 @@ class BackgroundMerge:
         with self._changed:
             self._wait(lambda: self._thread is None)
             self._raise()
+
+    def close(self) -> None:
+        """Begin no other MERGE, and wait for the one that runs; the next start of the stream merges what is left."""
+        with self._changed:
+            self._pending.clear()
+            self._wait(lambda: self._thread is None)
 
     def _wait(self, until: Callable[[], bool]) -> None:
         """Wait, and let nothing rest meanwhile; holding the lock."""
@@ -116,5 +131,5 @@ class BackgroundMerge:
                 with self._changed:
                     del self._pending[: len(taken)]
                     self._changed.notify_all()
-                    rest = min(REST * took, LONGEST_REST)
+                    rest = min(took * (1 / self.share - 1), LONGEST_REST)
                     self._changed.wait_for(lambda: self._awaited > 0, rest)

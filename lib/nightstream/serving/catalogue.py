@@ -14,7 +14,8 @@ from nightstream.errors import TableError
 from nightstream.models.bundle import Bundle, Loaded, encode_catalogue
 from nightstream.models.features import transform_items
 from nightstream.store import registry
-from nightstream.store.materialize import cut
+from nightstream.store.materialize import Cut, cut
+from nightstream.store.merge import Merge, When
 from nightstream.store.storage import Storage
 from nightstream.store.tables import ITEM_EMBEDDINGS, ITEMS
 
@@ -75,12 +76,13 @@ def load_bundle(storage: Storage, version: str, files: dict[str, bytes] | None =
     catalogue_version is a hash of the catalogue's content, so it moves only when that does.
     Raises TableError where the version has no embeddings.
     """
-    vectors = storage.read(ITEM_EMBEDDINGS).where(F.col("model_version") == version).select("item_id", "vector")
-    described = storage.read_or_empty(ITEMS).select("item_id", "title", "available")
-    table = (
-        vectors.join(described, "item_id", "left")
-        .select("item_id", "title", F.coalesce("available", F.lit(True)).alias("available"), "vector")
-        .toArrow()
+    storage.create(ITEMS)
+    table = storage.query(
+        "SELECT e.item_id, i.title, coalesce(i.available, true) AS available, e.vector FROM {item_embeddings} e "
+        "LEFT JOIN {items} i ON e.item_id = i.item_id WHERE e.model_version = :version",
+        ITEM_EMBEDDINGS,
+        ITEMS,
+        version=version,
     )
     if not table.num_rows:
         raise TableError(
@@ -114,7 +116,7 @@ def embed_changed(storage: Storage, items: DataFrame, bundle: Bundle, attempts: 
         row = changed.agg(F.count(F.lit(1)).alias("all"), F.count("_before").alias("updated")).first()
         assert row is not None
         if row["updated"]:
-            rows = cut(embed(changed, bundle), {}, size=row["all"], cached=False).rows
+            rows = cut(embed(changed, bundle), {}, size=row["all"], cached=False)
             storage.with_retries(lambda: _replace(storage, rows), attempts, ITEM_EMBEDDINGS.name)
         elif row["all"]:
             # An append, unlike a MERGE, meets no conflict with the night that writes its own model's embeddings.
@@ -124,10 +126,9 @@ def embed_changed(storage: Storage, items: DataFrame, bundle: Bundle, attempts: 
         changed.unpersist()
 
 
-def _replace(storage: Storage, rows: DataFrame) -> None:
-    same = "old.model_version = new.model_version AND old.item_id = new.item_id"
-    merge = storage.table(ITEM_EMBEDDINGS).alias("old").merge(rows.alias("new"), same)
-    merge.whenMatchedUpdateAll().whenNotMatchedInsertAll().execute()
+def _replace(storage: Storage, rows: Cut) -> None:
+    same = "t.model_version = s.model_version AND t.item_id = s.item_id"
+    storage.merge(ITEM_EMBEDDINGS, rows, Merge(same, (When("update"), When("insert"))))
 
 
 NO_ITEMS = encode_catalogue(

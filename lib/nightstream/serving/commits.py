@@ -9,20 +9,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
+from nightstream.models.arrow import combined
 from nightstream.serving.user_state import last_of_runs
 from nightstream.store import buckets
 from nightstream.store.materialize import Cut, cut
+from nightstream.store.merge import Merge, When
 from nightstream.store.storage import Storage
 from nightstream.store.tables import (
-    LIST_ENTRY,
     RECOMMENDATIONS,
     REFRESHED,
     REFRESHES,
@@ -32,6 +34,18 @@ from nightstream.store.tables import (
 )
 
 CLOCK_SKEW = timedelta(hours=1)
+_NEWER = "s.revision > t.revision"
+OF_THE_USER = ("user_id", "revision", "model_version", "catalogue_version", "as_of", "refreshed_at", "bucket")
+_LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
+# Whose newest row one of the serving tables lacks. A user with an empty list is always among them.
+_BEHIND = """
+SELECT r.user_id
+FROM (SELECT user_id, max(revision) AS revision FROM {refreshes} WHERE refreshed_at >= :since GROUP BY user_id) r
+LEFT JOIN {user_vectors} v ON v.user_id = r.user_id
+LEFT JOIN (SELECT user_id, revision FROM {recommendations} WHERE rank = 1) l ON l.user_id = r.user_id
+WHERE v.revision IS NULL OR v.revision < r.revision OR l.revision IS NULL OR l.revision < r.revision
+LIMIT :most
+"""
 # A refreshed user with a full window and 2,000 seen items takes some 100 kB, so at most 400 MB on the driver.
 LOCAL_USERS = 4_000
 
@@ -90,37 +104,43 @@ def commit(
     else:
         literals = {name: F.lit(value).cast(REFRESHES.schema[name].dataType) for name, value in constants.items()}
         committed = Cut(refreshed.rows.withColumns(literals).select(*REFRESHES.schema.names), {})
-    storage.append(REFRESHES, committed.rows)
+    storage.append(REFRESHES, committed)
     return committed
 
 
 def _keep_overflow(storage: Storage, refreshed: Cut, refolded: DataFrame | None, attempts: int) -> None:
     """Repeated rows do no harm, so a batch that comes again appends them again: its users may be others."""
-    surplus = refreshed.rows.where(F.size("overflow") > 0).select("user_id", F.explode("overflow").alias("o"))
-    entries = surplus.select("user_id", "o.item_id", "o.event_time")
+    if not refreshed.totals["overflowing"] and refolded is None:
+        return
+    entries = refreshed.mapped(_overflowing, SEEN_OVERFLOW.schema)
     if refreshed.totals["overflowing"]:
         storage.append(SEEN_OVERFLOW, entries)
     if refolded is None or not storage.exists(SEEN_OVERFLOW):
         return
     key = ["user_id", "item_id"]
     before = storage.read(SEEN_OVERFLOW).select(*key).join(refolded, "user_id", "left_semi").distinct()
-    stale = before.join(entries.select(*key), key, "left_anti")
+    stale = before.join(entries.rows.select(*key), key, "left_anti")
     if stale.isEmpty():
         return
+    change = Merge("t.user_id = s.user_id AND t.item_id = s.item_id", (When("delete"),))
+    storage.with_retries(lambda: storage.merge(SEEN_OVERFLOW, stale, change), attempts, SEEN_OVERFLOW.name)
 
-    def delete() -> None:
-        same = "t.user_id = s.user_id AND t.item_id = s.item_id"
-        storage.table(SEEN_OVERFLOW).alias("t").merge(stale.alias("s"), same).whenMatchedDelete().execute()
 
-    storage.with_retries(delete, attempts, SEEN_OVERFLOW.name)
+def _overflowing(refreshed: pa.Table) -> pa.Table:
+    """SEEN_OVERFLOW rows of REFRESHED rows."""
+    lists = combined(refreshed["overflow"])
+    owners, entries = pc.list_parent_indices(lists), pc.list_flatten(lists)
+    columns = {"user_id": combined(refreshed["user_id"]).take(owners)}
+    columns |= {name: entries.field(name) for name in ("item_id", "event_time")}
+    return pa.table([columns[name] for name in SEEN_OVERFLOW.schema.names], SEEN_OVERFLOW.schema.names)
 
 
 def is_committed(storage: Storage, writer: str, batch_id: int) -> bool:
     """Whether this writer has committed this batch already: true in the replay of a batch that died in its MERGEs."""
     if not storage.exists(REFRESHES):
         return False
-    mine = storage.read(REFRESHES).where((F.col("writer") == writer) & (F.col("batch_id") == batch_id))
-    return not mine.isEmpty()
+    sql = "SELECT batch_id FROM {refreshes} WHERE writer = :writer AND batch_id = :batch LIMIT 1"
+    return storage.query(sql, REFRESHES, writer=writer, batch=batch_id).num_rows > 0
 
 
 @dataclass(frozen=True)
@@ -141,8 +161,8 @@ class Layout:
         vectors, lists = buckets.present(storage, USER_VECTORS), buckets.present(storage, RECOMMENDATIONS)
         if not storage.exists(RECOMMENDATIONS):
             return cls(top_k, vectors, lists)
-        row = storage.read(RECOMMENDATIONS).agg(F.max("rank")).first()
-        return cls(max(top_k, row[0] or 0) if row is not None else top_k, vectors, lists)
+        longest = storage.query("SELECT max(rank) AS longest FROM {recommendations}", RECOMMENDATIONS)["longest"][0]
+        return cls(max(top_k, longest.as_py() or 0), vectors, lists)
 
 
 def merge(storage: Storage, rows: Cut, layout: Layout, attempts: int) -> None:
@@ -170,15 +190,26 @@ def merge_tail(storage: Storage, layout: Layout, attempts: int) -> None:
     Both tables follow `refreshes` in order, so whatever one of them misses is not older than its newest row, but for
     the skew of the writers' clocks.
     """
-    storage.create(USER_VECTORS, RECOMMENDATIONS)
-    if not storage.exists(REFRESHES):
+    storage.create(REFRESHES, USER_VECTORS, RECOMMENDATIONS)
+    reached = storage.query(
+        "SELECT max(refreshed_at) AS at FROM {user_vectors} UNION ALL "
+        "SELECT max(refreshed_at) AS at FROM {recommendations}",
+        USER_VECTORS,
+        RECOMMENDATIONS,
+    )["at"].drop_null()
+    since = min(reached.to_pylist()) - CLOCK_SKEW if len(reached) == 2 else _LONG_AGO
+    users = storage.query(_BEHIND, REFRESHES, USER_VECTORS, RECOMMENDATIONS, since=since, most=LOCAL_USERS + 1)[
+        "user_id"
+    ]
+    if not len(users):
         return
-    refreshes = storage.read(REFRESHES)
-    reached = [storage.read(t).agg(F.max("refreshed_at")).first() for t in (USER_VECTORS, RECOMMENDATIONS)]
-    times = [row[0] for row in reached if row is not None and row[0] is not None]
-    if len(times) == 2:
-        refreshes = refreshes.where(F.col("refreshed_at") >= F.lit(min(times) - CLOCK_SKEW))
-    merge(storage, Cut(newest([refreshes]), {}), layout, attempts)
+    if len(users) <= LOCAL_USERS:
+        sql = "SELECT * FROM {refreshes} WHERE refreshed_at >= :since AND user_id IN (:users)"
+        rows = storage.query(sql, REFRESHES, since=since, users=users.to_pylist())
+        tail = Cut.of(storage.spark, newest_rows([rows]), REFRESHES.schema)
+    else:
+        tail = Cut(newest([storage.read(REFRESHES).where(F.col("refreshed_at") >= F.lit(since))]), {})
+    merge(storage, tail, layout, attempts)
 
 
 def newest(frames: Sequence[DataFrame]) -> DataFrame:
@@ -221,43 +252,56 @@ def holders(storage: Storage, commits: Sequence[Cut], items: DataFrame) -> DataF
     return lists.join(F.broadcast(items), "item_id", "left_semi").select("user_id")
 
 
-def list_rows(rows: DataFrame, width: int) -> DataFrame:
-    """Committed rows, with their bucket -> one row per user and rank 1..width; a rank behind the end of the list has no
-    item."""
-    ranks = rows.select("*", F.explode(F.sequence(F.lit(1), F.lit(width))).alias("rank"))
-    entry = F.get("items", F.col("rank") - 1)
-    columns = [
-        (entry[c].alias(c) if c in LIST_ENTRY.names and c != "rank" else F.col(c)) for c in RECOMMENDATIONS.schema.names
-    ]
-    return ranks.select(*columns)
+def state_rows(rows: pa.Table, count: int) -> pa.Table:
+    """Committed rows -> USER_VECTORS rows. count: of the table's buckets."""
+    return _with_bucket(rows, count).select(USER_VECTORS.schema.names)
+
+
+def list_rows(rows: pa.Table, width: int, count: int) -> pa.Table:
+    """The lists of committed rows, rank by rank.
+
+    Args:
+        rows: one per user.
+        width: ranks per user.
+        count: of the table's buckets.
+
+    Returns:
+        RECOMMENDATIONS rows, one per user and rank 1..width; a rank behind the end of the list has no item.
+    """
+    lists = combined(rows["items"])
+    sizes, entries = np.asarray(pc.list_value_length(lists), np.int64), pc.list_flatten(lists)
+    owners, ranks = np.repeat(np.arange(len(sizes)), width), np.tile(np.arange(1, width + 1), len(sizes))
+    places = (np.cumsum(sizes) - sizes)[owners] + ranks - 1
+    listed = entries.take(pa.array(places, mask=ranks > sizes[owners]))
+    of_users = _with_bucket(rows, count).select([n for n in RECOMMENDATIONS.schema.names if n in OF_THE_USER])
+    columns = {name: of_users[name].take(pa.array(owners)) for name in of_users.column_names}
+    columns["rank"] = pa.array(ranks, pa.int32())
+    columns |= {n: listed.field(n) for n in RECOMMENDATIONS.schema.names if n not in columns}
+    return pa.table([columns[name] for name in RECOMMENDATIONS.schema.names], RECOMMENDATIONS.schema.names)
+
+
+def _with_bucket(rows: pa.Table, count: int) -> pa.Table:
+    numbers = pa.array([buckets.bucket_of(user, count) for user in rows["user_id"].to_pylist()], pa.int32())
+    return rows.append_column("bucket", numbers)
 
 
 def _merge_states(storage: Storage, rows: Cut, layout: Layout) -> None:
-    source, where = _source(rows, layout.vectors)
-    (
-        storage.table(USER_VECTORS)
-        .alias("t")
-        .merge(source.select(*USER_VECTORS.schema.names).alias("s"), f"{where} AND t.user_id = s.user_id")
-        .whenMatchedUpdateAll(condition="s.revision > t.revision")
-        .whenNotMatchedInsertAll()
-        .execute()
-    )
+    source = rows.mapped(partial(state_rows, count=layout.vectors), USER_VECTORS.schema)
+    on = f"{_touched(rows, layout.vectors)} AND t.user_id = s.user_id"
+    storage.merge(USER_VECTORS, source, Merge(on, (When("update", _NEWER), When("insert"))))
 
 
 def _merge_lists(storage: Storage, rows: Cut, layout: Layout) -> None:
-    source, where = _source(rows, layout.lists)
-    (
-        storage.table(RECOMMENDATIONS)
-        .alias("t")
-        .merge(list_rows(source, layout.width).alias("s"), f"{where} AND t.user_id = s.user_id AND t.rank = s.rank")
-        .whenMatchedDelete(condition="s.revision > t.revision AND s.item_id IS NULL")
-        .whenMatchedUpdateAll(condition="s.revision > t.revision")
-        .whenNotMatchedInsertAll(condition="s.item_id IS NOT NULL")
-        .execute()
+    source = rows.mapped(partial(list_rows, width=layout.width, count=layout.lists), RECOMMENDATIONS.schema)
+    on = f"{_touched(rows, layout.lists)} AND t.user_id = s.user_id AND t.rank = s.rank"
+    clauses = (
+        When("delete", f"{_NEWER} AND s.item_id IS NULL"),
+        When("update", _NEWER),
+        When("insert", "s.item_id IS NOT NULL"),
     )
+    storage.merge(RECOMMENDATIONS, source, Merge(on, clauses))
 
 
-def _source(rows: Cut, count: int) -> tuple[DataFrame, str]:
-    """The rows with their bucket, of `count`, and the condition that lets a MERGE skip files."""
-    users = None if rows.table is None else rows.table["user_id"]
-    return rows.rows.withColumn("bucket", buckets.bucket(F.col("user_id"), count)), buckets.condition(count, users)
+def _touched(rows: Cut, count: int) -> str:
+    """The condition that lets a MERGE skip files. count: of the table's buckets."""
+    return buckets.condition(count, None if rows.table is None else rows.table["user_id"])

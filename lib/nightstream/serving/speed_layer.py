@@ -26,7 +26,6 @@ from nightstream.serving.state_source import Asked, DriverStates, ExecutorStates
 from nightstream.store import registry
 from nightstream.store.materialize import Cut
 from nightstream.store.storage import Storage
-from nightstream.store.tables import EVENTS
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ class SpeedLayer:
         self.snapshots = Snapshots(storage, settings)
         self.bundle = self.snapshots.first()
         self.background_merge = BackgroundMerge(
-            storage, settings.serving.top_k, settings.serving.merge_attempts, on_merge
+            storage, settings.serving.top_k, settings.serving.merge_attempts, settings.stream.merge_share, on_merge
         )
         self.state_cache = StateCache(storage, settings.storage.scratch("known"))
         self.driver = DriverStates(storage, settings, self.state_cache, self.background_merge.pending)
@@ -78,7 +77,7 @@ class SpeedLayer:
             log.warning("a write was cut off: every payload is looked for in raw_events until the sums are right again")
         self.state_cache.start()
         self.bundle.load()
-        self._id_filter = IdFilter.of(self.storage.read_or_empty(EVENTS))
+        self._id_filter = IdFilter.of(self.storage)
 
     def __call__(self, arrived: DataFrame, batch_id: int) -> None:
         """Record the rows (see ledger.parsed), refresh their users, commit; the MERGEs follow behind.
@@ -187,6 +186,7 @@ class SpeedLayer:
 
     def close(self) -> None:
         """End what runs in the background, and delete its files."""
+        self.background_merge.close()
         self.state_cache.close()
         self.driver.close()
 

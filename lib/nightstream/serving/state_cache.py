@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from nightstream.serving.commits import newest_rows
@@ -23,7 +22,7 @@ from nightstream.serving.user_state import STATES, states_of
 from nightstream.store.materialize import Cut
 from nightstream.store.row_store import RowStore
 from nightstream.store.storage import Storage
-from nightstream.store.tables import SEEN_OVERFLOW, USER_VECTORS, USERS, arrow_schema
+from nightstream.store.tables import SEEN_OVERFLOW, USER_VECTORS, USERS, TableSpec, arrow_schema
 
 log = logging.getLogger(__name__)
 
@@ -60,11 +59,11 @@ class StateCache:
         self._attributes.delete()
         self._states, self._attributes = self._rows(STATES), self._rows(_ATTRIBUTES)
         self._users_version = self.storage.version(USERS)
-        states = self.storage.read(USER_VECTORS)
-        self._given_up = states.count() > MOST_USERS
+        users = self.storage.query("SELECT count(*) AS users FROM {user_vectors}", USER_VECTORS)["users"][0].as_py()
+        self._given_up = users > MOST_USERS
         if self._given_up:
             return self._pool.submit(lambda: None)
-        self._pool.submit(self._fill, self._states, states, "states")
+        self._pool.submit(self._fill, self._states, USER_VECTORS, "states")
         return self._pool.submit(self._fill_attributes)
 
     def look_again(self) -> None:
@@ -99,9 +98,9 @@ class StateCache:
         older = None
         full = pc.or_(states["seen_overflowed"], pc.greater(pc.list_value_length(states["seen"]), room))
         if pc.any(full).as_py() and self.storage.exists(SEEN_OVERFLOW):
-            wanted = F.broadcast(self.storage.spark.createDataFrame(pa.table({"user_id": users})))
-            rows = self.storage.read(SEEN_OVERFLOW).select(*OVERFLOW_COLUMNS)
-            older = rows.join(wanted, "user_id", "left_semi").distinct().toArrow()
+            columns = ", ".join(OVERFLOW_COLUMNS)
+            sql = f"SELECT DISTINCT {columns} FROM {{seen_overflow}} WHERE user_id IN (:users)"
+            older = self.storage.query(sql, SEEN_OVERFLOW, users=users.to_pylist())
         return states, described, older
 
     def close(self) -> None:
@@ -120,12 +119,17 @@ class StateCache:
         return self.scratch / uuid.uuid4().hex
 
     def _fill_attributes(self) -> None:
-        self._fill(self._attributes, self.storage.read_or_empty(USERS), "attributes")
+        self._fill(self._attributes, USERS, "attributes")
 
-    def _fill(self, known: RowStore, rows: DataFrame, what: str) -> None:
+    def _fill(self, known: RowStore, spec: TableSpec, what: str) -> None:
         begun = time.monotonic()
+        storage = self.storage
         try:
-            known.put_all(rows, self._part(), self._closed.is_set)
+            storage.create(spec)
+            if storage.local is not None:
+                known.put_batches(storage.local.batches(spec, known.schema.names), self._closed.is_set)
+            else:
+                known.put_all(storage.read(spec), self._part(), self._closed.is_set)
         except Exception:
             if known.is_deleted:
                 return
@@ -141,23 +145,19 @@ class StateCache:
 
 def _asked(storage: Storage, users: pa.Array, pending: Sequence[Cut]) -> tuple[pa.Table, pa.Table]:
     """States and USERS rows by a look into the tables and into commits that are not merged yet."""
-    wanted = F.broadcast(storage.spark.createDataFrame(pa.table({"user_id": users})))
+    names = users.to_pylist()
 
-    def of_users(frame: DataFrame, columns: Sequence[str]) -> DataFrame:
-        return frame.select(*columns).join(wanted, "user_id", "left_semi")
+    def of_users(spec: TableSpec, columns: Sequence[str]) -> pa.Table:
+        storage.create(spec)
+        quoted = ", ".join(f"u.{name}" for name in columns)
+        return storage.query(f"SELECT {quoted} FROM {{{spec.name}}} u WHERE u.user_id IN (:users)", spec, users=names)
 
-    described = storage.read_or_empty(USERS).select(*USER_COLUMNS)
-    both = of_users(storage.read(USER_VECTORS), STATE_COLUMNS).unionByName(
-        of_users(described, USER_COLUMNS), allowMissingColumns=True
-    )
-    # One job for both tables; a state has a revision.
-    both_kinds = both.toArrow()
-    is_state = pc.is_valid(both_kinds["revision"])
-    parts = [states_of(both_kinds.filter(is_state))]
+    parts = [states_of(of_users(USER_VECTORS, STATE_COLUMNS))]
     for commit in pending:
         if commit.table is not None:
             rows = commit.table.filter(pc.is_in(commit.table["user_id"], value_set=users))
         else:
-            rows = of_users(commit.rows, STATE_COLUMNS).toArrow()
+            wanted = F.broadcast(storage.spark.createDataFrame(pa.table({"user_id": users})))
+            rows = commit.rows.select(*STATE_COLUMNS).join(wanted, "user_id", "left_semi").toArrow()
         parts.append(states_of(rows))
-    return newest_rows(parts), both_kinds.filter(pc.invert(is_state)).select(list(USER_COLUMNS))
+    return newest_rows(parts), of_users(USERS, USER_COLUMNS)

@@ -48,10 +48,11 @@ class Touched:
 
     def users(self) -> pa.Array | None:
         """string [B], distinct; None where not all of them are on the driver."""
-        events, behind = self.recorded.accepted_table, self.behind
-        if (events is None and self.recorded.accepted is not None) or (behind is not None and behind.table is None):
+        cuts = [each for each in (self.recorded.accepted, self.behind) if each is not None]
+        tables = [each.table for each in cuts if each.table is not None]
+        if len(tables) < len(cuts):
             return None
-        named = [t["user_id"] for t in (events, None if behind is None else behind.table) if t is not None]
+        named = [table["user_id"] for table in tables]
         return pc.unique(pa.chunked_array([c for column in named for c in column.chunks], pa.string()))
 
 
@@ -94,7 +95,8 @@ class DriverStates:
         assert users is not None
         if not len(users):
             return commits.settled_table(spark, NOBODY)
-        events = touched.recorded.accepted_table
+        accepted = touched.recorded.accepted
+        events = None if accepted is None else accepted.table
         if asked is None or not pc.all(pc.is_in(users, value_set=asked.users)).as_py():
             asked = self._ask(users, 0 if events is None else events.num_rows)
         states, described, older = asked.answer.result()
@@ -131,7 +133,7 @@ class ExecutorStates:
     def _refreshed(self, recorded: Recorded, behind: DataFrame | None, bundle: Bundle) -> DataFrame:
         storage, pending = self.storage, self.pending()
         history = foldable(storage.read(EVENTS), self.settings.events.retraction_type)
-        events = recorded.accepted if recorded.accepted is not None else history.limit(0)
+        events = recorded.accepted.rows if recorded.accepted is not None else history.limit(0)
         touched = events.select("user_id")
         if behind is not None:
             touched = touched.unionByName(behind)

@@ -172,6 +172,8 @@ class StreamState:
                 raise InterruptedError("the query is being stopped")
             self.lease.check()
             self.layer(arrived, batch_id)
+            # Else Spark would note a micro-batch as done of which the fence has kept something out.
+            self.lease.confirm()
             self._ended = time.monotonic()
 
     def between_batches(self) -> None:

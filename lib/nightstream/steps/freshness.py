@@ -11,6 +11,7 @@ from pyspark.sql import functions as F
 from nightstream.errors import NightstreamError
 from nightstream.monitoring import freshness, measurements
 from nightstream.runtime.settings import Settings
+from nightstream.serving import recommendations_now
 from nightstream.store import registry
 from nightstream.store.storage import Storage
 
@@ -34,8 +35,9 @@ def run(spark: SparkSession, settings: Settings, user: str | None = None, worst:
 
 
 def after_night(storage: Storage, settings: Settings, as_of: datetime) -> dict[str, float]:
-    """Make the view where there is a catalog, and append the summary to `metrics`."""
-    freshness.make_view(storage, settings)
+    """Make the views where there is a catalog, and append the summary to `metrics`."""
+    for view in (freshness, recommendations_now):
+        view.make_view(storage, settings)
     figures = freshness.summary(freshness.freshness(storage, settings))
     measurements.write(storage, figures, registry.published(storage).model_version, as_of, {})
     return figures

@@ -14,11 +14,12 @@ from pyspark.sql.streaming.readwriter import DataStreamWriter
 from nightstream.errors import NightstreamError
 from nightstream.ingest import sources
 from nightstream.ingest.ledger import parsed
+from nightstream.monitoring import freshness
 from nightstream.monitoring.batch_report import BatchReport
-from nightstream.monitoring.freshness import make_view
 from nightstream.runtime.session import is_remote
 from nightstream.runtime.settings import Settings
 from nightstream.runtime.spark_errors import ours_in
+from nightstream.serving import recommendations_now
 from nightstream.serving.stream_function import StreamFunction
 from nightstream.serving.stream_state import QUERY, ShippedStream, Stream, StreamState
 from nightstream.store.storage import Storage
@@ -56,7 +57,8 @@ def run(
     first = _writer(spark, function, until_idle)
     with stream:
         stream.start()
-        make_view(Storage(spark, settings.storage), settings)
+        for view in (freshness, recommendations_now):
+            view.make_view(Storage(spark, settings.storage), settings)
         query = first.start()
         on_start()
         vain_starts, batches = 0, 0

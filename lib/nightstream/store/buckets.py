@@ -30,8 +30,10 @@ def wanted(users: int) -> int:
 
 def present(storage: Storage, spec: TableSpec) -> int:
     """Buckets of a table, told by any row of it; 1 for one that is empty or not there."""
-    row = storage.read(spec).select("bucket").first() if storage.exists(spec) else None
-    return 1 if row is None else 1 << (row.bucket.bit_length() - 1)
+    if not storage.exists(spec):
+        return 1
+    rows = storage.query(f"SELECT bucket FROM {{{spec.name}}} LIMIT 1", spec)["bucket"].to_pylist()
+    return 1 << (rows[0].bit_length() - 1) if rows else 1
 
 
 def bucket_of(user_id: str, buckets: int) -> int:

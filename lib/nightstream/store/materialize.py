@@ -7,12 +7,14 @@ plan itself: to filter or to broadcast them takes no job.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
@@ -23,29 +25,94 @@ from nightstream.store.tables import arrow_schema
 log = logging.getLogger(__name__)
 
 LOCAL_ROWS = 20_000
+NO_TOTALS: Mapping[str, Any] = MappingProxyType({})
 
 
-@dataclass(frozen=True)
 class Cut:
-    """rows: the frame, cut off. totals: the totals asked for, by name; None where there is no row. table: the rows,
-    where they are on the driver."""
+    """Rows cut off from their plan, as a frame and, where they are on the driver, as a table.
 
-    rows: DataFrame
-    totals: dict[str, Any]
-    table: pa.Table | None = None
+    Of those on the driver the frame is made when it is asked for. What selects some of them gives a Cut of the same
+    kind, without totals.
+    """
+
+    def __init__(
+        self, rows: DataFrame | Callable[[], DataFrame], totals: Mapping[str, Any], table: pa.Table | None = None
+    ) -> None:
+        """rows: the frame, or what makes it. totals: the totals asked for, by name; None where there is no row. table:
+        the rows, where they are on the driver."""
+        self._rows, self._making = rows, threading.Lock()
+        self.totals, self.table = dict(totals), table
 
     @classmethod
-    def of(cls, spark: SparkSession, table: pa.Table, schema: StructType, totals: Mapping[str, Any]) -> Cut:
+    def of(
+        cls, spark: SparkSession, table: pa.Table, schema: StructType, totals: Mapping[str, Any] = MappingProxyType({})
+    ) -> Cut:
         """Rows that are on the driver."""
         # One type wherever the rows were computed: tables of several origins can be put together.
         table = table.cast(arrow_schema(schema))
         # One partition: what groups or orders these rows next needs no shuffle.
-        return cls(spark.createDataFrame(table, schema).coalesce(1), dict(totals), table)
+        return cls(lambda: spark.createDataFrame(table, schema).coalesce(1), totals, table)
+
+    @property
+    def rows(self) -> DataFrame:
+        with self._making:
+            if callable(self._rows):
+                self._rows = self._rows()
+            return self._rows
+
+    def select(self, *names: str) -> Cut:
+        """These columns."""
+        return self._derived(lambda rows: rows.select(*names), lambda table: table.select(list(names)))
+
+    def where_equal(self, column: str, value: str) -> Cut:
+        """The rows in which a column has this value."""
+        return self._derived(
+            lambda rows: rows.where(F.col(column) == value), lambda table: table.filter(pc.equal(table[column], value))
+        )
+
+    def where_same(self, left: str, right: str) -> Cut:
+        """The rows in which two columns are equal and not null."""
+        return self._derived(
+            lambda rows: rows.where(F.col(left) == F.col(right)),
+            lambda table: table.filter(pc.equal(table[left], table[right])),
+        )
+
+    def where_null(self, column: str) -> Cut:
+        return self._derived(
+            lambda rows: rows.where(F.col(column).isNull()), lambda table: table.filter(pc.is_null(table[column]))
+        )
+
+    def where_not_null(self, column: str) -> Cut:
+        return self._derived(
+            lambda rows: rows.where(F.col(column).isNotNull()), lambda table: table.filter(pc.is_valid(table[column]))
+        )
+
+    def where_mask(self, mask: pa.Array) -> Cut:
+        """Those of the rows on the driver for which the mask is true."""
+        assert self.table is not None
+        table = self.table.filter(mask)
+        return Cut(lambda: self.rows.sparkSession.createDataFrame(table, self.rows.schema), {}, table)
+
+    def mapped(self, function: Callable[[pa.Table], pa.Table], schema: StructType) -> Cut:
+        """What the function makes of each part of the rows: any number of rows of this schema."""
+
+        def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+            for batch in batches:
+                yield from function(pa.Table.from_batches([batch])).to_batches()
+
+        if self.table is None:
+            return Cut(lambda: self.rows.mapInArrow(run, schema), {})
+        table = function(self.table).cast(arrow_schema(schema))
+        return Cut(lambda: self.rows.sparkSession.createDataFrame(table, schema).coalesce(1), {}, table)
+
+    def _derived(self, of_rows: Callable[[DataFrame], DataFrame], of_table: Callable[[pa.Table], pa.Table]) -> Cut:
+        return Cut(lambda: of_rows(self.rows), {}, None if self.table is None else of_table(self.table))
 
     def release(self) -> None:
         """Free what is cached; the frame stays usable and is computed again."""
-        with suppress(PySparkException):
-            self.rows.unpersist()
+        if self.table is None:
+            with suppress(PySparkException):
+                self.rows.unpersist()
 
 
 def cut(

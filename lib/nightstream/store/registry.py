@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from pyspark.sql import Column, DataFrame
-from pyspark.sql import functions as F
+import pyarrow as pa
 
 from nightstream.errors import ArtifactError, TableError
 from nightstream.store.storage import Storage
@@ -22,6 +21,7 @@ from nightstream.store.tables import MODEL_ARTIFACTS, MODELS
 
 PART_BYTES = 32 * 1024 * 1024
 TRAINED, PUBLISHED, REJECTED = "trained", "published", "rejected"
+_NEWEST = "ORDER BY at DESC, model_version DESC LIMIT 1"
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,25 @@ def load_artifacts(storage: Storage, version: str, folder: str = "") -> dict[str
 
     The driver holds one model, which is what a worker must hold too.
     """
-    name = F.col("file")
-    inside = name.startswith(f"{folder}/") if folder else ~name.contains("/")
-    kept = storage.read(MODEL_ARTIFACTS).where((F.col("model_version") == version) & inside)
-    rows = kept.withColumn("file", F.substring_index(name, "/", -1)).orderBy("file", "part").collect()
+    inside = "file LIKE :inside" if folder else "file NOT LIKE :inside"
+    parts_of = storage.query(
+        "SELECT file, part, parts, sha256, content FROM {model_artifacts} "
+        f"WHERE model_version = :version AND {inside} ORDER BY file, part",
+        MODEL_ARTIFACTS,
+        version=version,
+        inside=f"{folder}/%" if folder else "%/%",
+    ).to_pylist()
+    rows = [{**row, "file": row["file"].rpartition("/")[2]} for row in parts_of]
     if not rows:
         what = f"artifacts under {folder}" if folder else "artifacts"
         raise ArtifactError(
             f"model {version} has no {what} in {MODEL_ARTIFACTS.name}; publish another version or train anew"
         )
     files: dict[str, bytes] = {}
-    for name in sorted({r.file for r in rows}):
-        parts = [r for r in rows if r.file == name]
-        content = b"".join(bytes(r.content) for r in parts)
-        if len(parts) != parts[0].parts or hashlib.sha256(content).hexdigest() != parts[0].sha256:
+    for name in sorted({row["file"] for row in rows}):
+        parts = [row for row in rows if row["file"] == name]
+        content = b"".join(row["content"] for row in parts)
+        if len(parts) != parts[0]["parts"] or hashlib.sha256(content).hexdigest() != parts[0]["sha256"]:
             raise ArtifactError(f"{name} of model {version} is damaged; publish another version or train anew")
         files[name] = content
     return files
@@ -88,7 +93,7 @@ def record(
 ) -> None:
     """Append one row to `models` in one commit; with status PUBLISHED this is the hand-over."""
     row = (version, status, at, json.dumps(settings, sort_keys=True), json.dumps(metrics), json.dumps(history))
-    storage.append(MODELS, storage.spark.createDataFrame([row], MODELS.schema))
+    storage.append_values(MODELS, [row])
 
 
 def publish(storage: Storage, version: str, at: datetime) -> ModelRow:
@@ -110,17 +115,20 @@ def candidate(storage: Storage) -> ModelRow | None:
 
     A rejected version that has been published since is not rejected any more: a person has decided.
     """
-    rows = storage.read(MODELS)
-
-    def newest_at(status: str) -> Column:
-        return F.max(F.when(F.col("status") == status, F.col("at")))
-
-    life = rows.groupBy("model_version").agg(
-        newest_at(REJECTED).alias("rejected_at"), newest_at(PUBLISHED).alias("published_at")
+    rejected = "SELECT model_version, max(at) AS at FROM {models} WHERE status = :rejected GROUP BY model_version"
+    overruled = "SELECT model_version, max(at) AS at FROM {models} WHERE status = :published GROUP BY model_version"
+    out = (
+        f"SELECT r.model_version FROM ({rejected}) r LEFT JOIN ({overruled}) o ON r.model_version = o.model_version "
+        "WHERE o.at IS NULL OR o.at < r.at"
     )
-    overruled = F.coalesce(F.col("published_at") >= F.col("rejected_at"), F.lit(False))
-    out = life.where(F.col("rejected_at").isNotNull() & ~overruled).select("model_version")
-    return _newest(rows.where(F.col("status") == TRAINED).join(out, "model_version", "left_anti"))
+    found = storage.query(
+        f"SELECT * FROM {{models}} WHERE status = :trained AND model_version NOT IN ({out}) {_NEWEST}",
+        MODELS,
+        trained=TRAINED,
+        rejected=REJECTED,
+        published=PUBLISHED,
+    )
+    return _row(found)
 
 
 def published(storage: Storage) -> ModelRow:
@@ -133,12 +141,10 @@ def published(storage: Storage) -> ModelRow:
 
 def newest(storage: Storage, status: str | None = None, version: str | None = None) -> ModelRow | None:
     """The newest row with that status and version, None where there is none."""
-    rows = storage.read(MODELS)
-    if status is not None:
-        rows = rows.where(F.col("status") == status)
-    if version is not None:
-        rows = rows.where(F.col("model_version") == version)
-    return _newest(rows)
+    wanted = {"status": status, "model_version": version}
+    given = {name: value for name, value in wanted.items() if value is not None}
+    conditions = " AND ".join(["true", *(f"{name} = :{name}" for name in given)])
+    return _row(storage.query(f"SELECT * FROM {{models}} WHERE {conditions} {_NEWEST}", MODELS, **given))
 
 
 def _known(storage: Storage, version: str) -> ModelRow:
@@ -148,21 +154,14 @@ def _known(storage: Storage, version: str) -> ModelRow:
     return known
 
 
-def _newest(rows: DataFrame) -> ModelRow | None:
-    newest_rows = rows.orderBy(F.desc("at"), F.desc("model_version")).limit(1).collect()
-    if not newest_rows:
+def _row(rows: pa.Table) -> ModelRow | None:
+    if not rows.num_rows:
         return None
-    row = newest_rows[0]
+    (row,) = rows.to_pylist()
     try:
-        return ModelRow(
-            row.model_version,
-            row.status,
-            row.at,
-            json.loads(row.settings),
-            json.loads(row.metrics),
-            json.loads(row.history),
-        )
+        documents = (json.loads(row[name]) for name in ("settings", "metrics", "history"))
+        return ModelRow(row["model_version"], row["status"], row["at"], *documents)
     except (TypeError, ValueError) as error:
         raise ArtifactError(
-            f"the row of model {row.model_version} in {MODELS.name} cannot be read; publish another version"
+            f"the row of model {row['model_version']} in {MODELS.name} cannot be read; publish another version"
         ) from error

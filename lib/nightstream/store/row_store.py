@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -59,6 +59,14 @@ class RowStore:
         """rows: with the columns of the schema, one per user."""
         for batch in rows.select(self.schema.names).cast(self.schema).to_batches():
             self._write(_encoded(batch))
+
+    def put_batches(self, batches: Iterable[pa.RecordBatch], stop: Callable[[], bool] = lambda: False) -> None:
+        """Rows of any number, with the columns of the schema. stop: asked after each part."""
+        for batch in batches:
+            for start in range(0, batch.num_rows, _AT_ONCE):
+                if stop():
+                    return
+                self._write(_encoded(_cast(batch.slice(start, _AT_ONCE), self.schema)))
 
     def put_all(self, rows: DataFrame, scratch: Path, stop: Callable[[], bool] = lambda: False) -> None:
         """Rows of any number. scratch: a folder that does not exist yet, for driver and executors, through which they

@@ -1,4 +1,8 @@
-"""Reading and writing the Delta tables, by path or by catalog name; no transformation logic."""
+"""Reading and writing the Delta tables, by path or by catalog name; no transformation logic.
+
+Two engines write: delta-rs what lies in this process, where the tables are in a folder of this machine; Spark all else
+(see storage.engine). Both write the same format, and what one has written the other reads.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,12 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import pyarrow as pa
 from delta.exceptions import (
     ConcurrentAppendException,
     ConcurrentDeleteDeleteException,
@@ -19,15 +25,20 @@ from delta.exceptions import (
     MetadataChangedException,
 )
 from delta.tables import DeltaTable
+from deltalake.exceptions import CommitFailedError
 from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame, DataFrameWriter, SparkSession
 
-from nightstream.errors import TableError
+from nightstream.errors import TableError, WriterBusyError
 from nightstream.runtime.session import is_remote
 from nightstream.runtime.settings import StorageSettings
-from nightstream.store import delta_sql
+from nightstream.store import delta_sql, sql_text
+from nightstream.store.delta_rs import TAKEN_OVER, DeltaRs
 from nightstream.store.delta_sql import SqlTable
-from nightstream.store.tables import TableSpec
+from nightstream.store.fence import APPLICATION, Fence
+from nightstream.store.materialize import Cut
+from nightstream.store.merge import Action, Merge
+from nightstream.store.tables import FENCED, TableSpec, arrow_schema
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -41,23 +52,41 @@ CONFLICTS = (
     ConcurrentTransactionException,
     ConcurrentWriteException,
     MetadataChangedException,
+    CommitFailedError,
 )
+_CLAUSES: dict[Action, str] = {
+    "update": "whenMatchedUpdateAll",
+    "insert": "whenNotMatchedInsertAll",
+    "delete": "whenMatchedDelete",
+}
+_IN_MERGE = ("spark.databricks.delta.write.txnAppId", "spark.databricks.delta.write.txnVersion")
 
 
 class Storage:
     """The tables of one installation under `settings.root`.
 
     conflicts: how often a write of this object has been tried again because a concurrent writer got ahead.
+    fence: of the newest lease that this object was given to; writes of FENCED tables are under it, also when the lease
+    has ended. local: the tables as delta-rs sees them; None where they lie in no folder of this machine.
     """
 
     def __init__(self, spark: SparkSession, settings: StorageSettings) -> None:
         self.spark = spark
         self.settings = settings
         self.conflicts = 0
-        self._counting = threading.Lock()
+        self.fence: Fence | None = None
+        self._lock = threading.Lock()
+        self._writing: dict[str, threading.RLock] = {}
+        self._merging: SparkSession | None = None
         # Delta's table builder takes a relative path for a table name.
-        local = settings.kind == "path" and "://" not in settings.root
-        self._root = str(Path(settings.root).absolute()) if local else settings.root.rstrip("/")
+        self._root = str(Path(settings.root).absolute()) if settings.is_folder else settings.root.rstrip("/")
+        # A Spark Connect server may be on another machine.
+        self.local = DeltaRs(self._root) if settings.is_folder and not is_remote(spark) else None
+
+    @property
+    def writes_locally(self) -> bool:
+        """Whether delta-rs writes what lies in this process."""
+        return self.local is not None and self.settings.engine != "spark"
 
     def location(self, spec: TableSpec) -> str:
         """Path of the table, or catalog.schema.name."""
@@ -77,6 +106,8 @@ class Storage:
         return self.settings.kind == "catalog"
 
     def exists(self, spec: TableSpec) -> bool:
+        if self.local is not None:
+            return self.local.exists(spec)
         if self._by_name:
             return self.spark.catalog.tableExists(self.location(spec))
         if is_remote(self.spark):
@@ -87,6 +118,9 @@ class Storage:
         """Create each table that is not there yet, empty."""
         for spec in specs:
             if self.exists(spec):
+                continue
+            if self.local is not None and self.writes_locally:
+                self.local.create(spec)
                 continue
             if is_remote(self.spark):
                 delta_sql.create(self.spark, self.sql_name(spec), spec)
@@ -117,25 +151,96 @@ class Storage:
     def read_or_empty(self, spec: TableSpec) -> DataFrame:
         return self.read(spec) if self.exists(spec) else self.spark.createDataFrame([], spec.schema)
 
+    def query(self, sql: str, *specs: TableSpec, **values: sql_text.Value) -> pa.Table:
+        """What a query answers that has few rows, whatever the number of users and events.
+
+        Args:
+            sql: what Spark and DataFusion both read; tables stand in braces, values behind a colon.
+            *specs: the tables in it.
+            **values: by name; several stand for what is in the brackets of IN.
+
+        Returns:
+            The rows, times in UTC.
+
+        Raises:
+            TableError: one of the tables is missing.
+        """
+        if self.local is not None:
+            return self.local.query(sql, specs, values)
+        frames: dict[str, Any] = {spec.name: self.read(spec) for spec in specs}
+        return self.spark.sql(sql_text.for_spark(sql, values), **frames).toArrow()
+
     def version(self, spec: TableSpec) -> int | None:
         """The number of the table's newest commit; None where there is no table."""
         if not self.exists(spec):
             return None
+        if self.local is not None:
+            return self.local.version(spec)
         row = self.table(spec).history(1).select("version").first()
         return None if row is None else row.version
 
-    def append(self, spec: TableSpec, rows: DataFrame) -> None:
-        """Append in one commit."""
+    def append(self, spec: TableSpec, rows: DataFrame | Cut) -> None:
+        """Append in one commit. Raises WriterBusyError where another process has taken the tables over."""
         self.create(spec)
-        self._save(spec, rows.select(*spec.schema.names).write.format("delta").mode("append"))
+        local, table = self._local_rows(rows)
+        with self._write(spec) as fence:
+            if local is not None and table is not None:
+                local.append(spec, table, fence)
+                return
+            frame = rows.rows if isinstance(rows, Cut) else rows
+            self._save(spec, frame.select(*spec.schema.names).write.format("delta").mode("append"), fence)
+
+    def append_values(self, spec: TableSpec, values: list[tuple[Any, ...]]) -> None:
+        """Append rows of Python values, in the order of the columns, in one commit."""
+        columns = zip(arrow_schema(spec.schema), zip(*values, strict=True), strict=True)
+        arrays = [
+            pa.array([list(v.items()) if isinstance(v, dict) else v for v in each], f.type) for f, each in columns
+        ]
+        self.append(spec, Cut.of(self.spark, pa.table(arrays, arrow_schema(spec.schema)), spec.schema))
+
+    def merge(self, spec: TableSpec, rows: DataFrame | Cut, merge: Merge) -> None:
+        """MERGE rows, in one commit.
+
+        Args:
+            spec: the table.
+            rows: with its columns.
+            merge: what becomes of them.
+
+        Raises:
+            CONFLICTS: a concurrent writer got ahead.
+            WriterBusyError: another process has taken the tables over.
+        """
+        self.create(spec)
+        local, table = self._local_rows(rows)
+        with self._write(spec) as fence:
+            if local is not None and table is not None:
+                local.merge(spec, table, merge, fence)
+                return
+            frame = rows.rows if isinstance(rows, Cut) else rows
+            target = self.table(spec) if fence is None else self._fenced(spec, fence)
+            merge.add_to(target.alias("t").merge(frame.alias("s"), merge.on), _CLAUSES).execute()
+
+    def seal(self, *specs: TableSpec) -> None:
+        """Let each table, made where it is missing, know the epoch of the fence: older ones can write it no more."""
+        self.create(*specs)
+        for spec in specs:
+            with self._write(spec) as fence:
+                if fence is None:
+                    continue
+                if self.local is not None:
+                    self.local.seal(spec, fence)
+                else:
+                    nothing = self.spark.createDataFrame([], spec.schema)
+                    self._save(spec, nothing.write.format("delta").mode("append"), fence)
 
     def overwrite(self, spec: TableSpec, rows: DataFrame, where: str | None = None) -> None:
-        """Replace the whole table, or the rows that `where` selects, in one commit."""
+        """Replace the whole table, or the rows that `where` selects, in one commit, by Spark."""
         self.create(spec)
         writer = rows.select(*spec.schema.names).write.format("delta").mode("overwrite")
         if where is not None:
             writer = writer.option("replaceWhere", where)
-        self._save(spec, writer)
+        with self._write(spec) as fence:
+            self._save(spec, writer, fence)
 
     def lay_out(self, spec: TableSpec, rows: DataFrame, partition: str | None) -> None:
         """Replace the whole table, in one commit, by one that is partitioned by this column, or by none."""
@@ -143,7 +248,8 @@ class Storage:
         writer = writer.option("overwriteSchema", "true")
         if partition is not None:
             writer = writer.partitionBy(partition)
-        self._save(spec, writer)
+        with self._write(spec) as fence:
+            self._save(spec, writer, fence)
 
     def table(self, spec: TableSpec) -> DeltaTable | SqlTable:
         self.create(spec)
@@ -153,11 +259,51 @@ class Storage:
             return DeltaTable.forName(self.spark, self.location(spec))
         return DeltaTable.forPath(self.spark, self.location(spec))
 
-    def _save(self, spec: TableSpec, writer: DataFrameWriter) -> None:
+    def _local_rows(self, rows: DataFrame | Cut) -> tuple[DeltaRs | None, pa.Table | None]:
+        """Who writes the rows, and the rows, where that is delta-rs."""
+        if self.local is None or not self.writes_locally or not isinstance(rows, Cut):
+            return None, None
+        return self.local, rows.table
+
+    @contextmanager
+    def _write(self, spec: TableSpec) -> Iterator[Fence | None]:
+        """One write to the table at a time, by this object: Spark's log of a local table is not safe beside another
+        writer. Gives the fence that the write is under."""
+        with self._lock:
+            lock = self._writing.setdefault(spec.name, threading.RLock())
+        with lock:
+            fence = self.fence if spec in FENCED else None
+            try:
+                yield fence
+            except ConcurrentTransactionException as error:
+                if fence is None:
+                    raise
+                raise WriterBusyError(TAKEN_OVER) from error
+
+    def _save(self, spec: TableSpec, writer: DataFrameWriter, fence: Fence | None) -> None:
+        if fence is not None:
+            writer = writer.option("txnAppId", APPLICATION).option("txnVersion", fence.next())
         if self._by_name:
             writer.saveAsTable(self.location(spec))
         else:
             writer.save(self.location(spec))
+
+    def _fenced(self, spec: TableSpec, fence: Fence) -> DeltaTable | SqlTable:
+        """The table for a MERGE whose commit carries the fence: Delta reads that from the session.
+
+        It is one of our own, for it concerns each statement in it. Over Spark Connect frames can't go to another
+        session: there a MERGE is not fenced.
+        """
+        if is_remote(self.spark):
+            return self.table(spec)
+        with self._lock:
+            if self._merging is None:
+                self._merging = _like(self.spark)
+                self._merging.conf.set(_IN_MERGE[0], APPLICATION)
+            # Versions only grow, so it does no harm that MERGEs of several tables share the setting.
+            self._merging.conf.set(_IN_MERGE[1], str(fence.next()))
+        by = DeltaTable.forName if self._by_name else DeltaTable.forPath
+        return by(self._merging, self.location(spec))
 
     def with_retries(self, action: Callable[[], Result], attempts: int, what: str) -> Result:
         """What the action returns: a write, run again when a concurrent writer got ahead.
@@ -178,8 +324,20 @@ class Storage:
             except CONFLICTS:
                 if attempt == attempts:
                     raise
-                with self._counting:
+                with self._lock:
                     self.conflicts += 1
                 log.warning("concurrent write, trying again", extra={"what": what, "attempt": attempt})
                 time.sleep(random.uniform(0.1, 0.5) * attempt)
         raise AssertionError("unreachable")
+
+
+def _like(spark: SparkSession) -> SparkSession:
+    """Another session of the same application, with the same settings."""
+    session = spark.newSession()
+    own = session.conf.getAll
+    for key, value in spark.conf.getAll.items():
+        if own.get(key) != value:
+            # Of what belongs to the application it has the same anyway.
+            with suppress(Exception):
+                session.conf.set(key, value)
+    return session

@@ -247,4 +247,16 @@ ALL = (
     WRITER_LEASE,
     UNFOLDED,
 )
+# What the holder of the lease alone writes.
+FENCED = (
+    RAW_EVENTS,
+    EVENTS,
+    QUARANTINE,
+    DUPLICATES,
+    REFRESHES,
+    SEEN_OVERFLOW,
+    USER_VECTORS,
+    RECOMMENDATIONS,
+    UNFOLDED,
+)
 BY_NAME = {spec.name: spec for spec in ALL}

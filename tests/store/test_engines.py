@@ -1,0 +1,194 @@
+"""The two engines that write: the same calls give the same tables, each reads what the other wrote."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from chispa import assert_df_equality
+from deltalake import DeltaTable
+from nightstream.errors import SettingsError, TableError
+from nightstream.runtime.settings import load
+from nightstream.store.materialize import Cut
+from nightstream.store.merge import Merge, When
+from nightstream.store.storage import Storage
+from nightstream.store.tables import EVENTS, METRICS, RECOMMENDATIONS, REFRESHES, TableSpec, arrow_schema
+
+AT = datetime(2024, 5, 1, 12, 0, 0, 123456, tzinfo=UTC)
+BASE = Path(__file__).parents[2] / "conf" / "base.yaml"
+ENGINES = ("spark", "delta-rs")
+NEWER = "s.revision > t.revision"
+LISTS = Merge(
+    "t.user_id = s.user_id AND t.rank = s.rank",
+    (
+        When("delete", f"{NEWER} AND s.item_id IS NULL"),
+        When("update", NEWER),
+        When("insert", "s.item_id IS NOT NULL"),
+    ),
+)
+
+
+def rows(spark, spec: TableSpec, *values: dict) -> Cut:
+    """Rows on the driver; columns that are not given are null."""
+    kinds = arrow_schema(spec.schema)
+    columns = [pa.array([value.get(field.name) for value in values], field.type) for field in kinds]
+    return Cut.of(spark, pa.table(columns, kinds), spec.schema)
+
+
+def ranked(spark, user: str, revision: int, *items: str | None) -> Cut:
+    entries = [
+        {"user_id": user, "rank": n + 1, "item_id": item, "revision": revision, "score": n / 3, "refreshed_at": AT}
+        for n, item in enumerate(items)
+    ]
+    return rows(spark, RECOMMENDATIONS, *entries)
+
+
+def refreshed(spark, user: str, revision: int) -> Cut:
+    event = dict.fromkeys(("event_id", "content_hash", "item_id", "event_type"), user) | {
+        "event_time": AT,
+        "value": 0.1,
+    }
+    entry = {"rank": 1, "item_id": "i", "score": 0.5, "strategy": "s", "reason": "ü'\\", "because_item_id": None}
+    state = {"user_id": user, "revision": revision, "window": [event], "seen": [], "vector": [0.1, 0.2]}
+    return rows(spark, REFRESHES, state | {"items": [entry], "refreshed_at": AT, "batch_id": revision})
+
+
+@pytest.fixture
+def storages(spark, settings, tmp_path) -> dict[str, Storage]:
+    """By engine, each with tables of its own."""
+    made = {}
+    for engine in ENGINES:
+        changes = {"engine": engine, "root": str(tmp_path / engine)}
+        made[engine] = Storage(spark, settings.storage.model_copy(update=changes))
+    return made
+
+
+def writers(storage: Storage, spec: TableSpec) -> set[str]:
+    """Which engines wrote the commits of a table."""
+    infos = (entry.get("engineInfo", "") for entry in DeltaTable(storage.location(spec)).history())
+    return {"delta-rs" if info.startswith("delta-rs") else "spark" for info in infos}
+
+
+def test_the_same_calls_give_the_same_tables(storages, spark):
+    for engine, storage in storages.items():
+        storage.append(RECOMMENDATIONS, ranked(spark, "u", 1, "a", "b", "c"))
+        storage.append(RECOMMENDATIONS, ranked(spark, "v", 3, "a"))
+        for source in (
+            ranked(spark, "u", 2, "d", None, "e", None),
+            ranked(spark, "v", 2, "too", "old"),
+            ranked(spark, "w", 1, "new", None),
+            ranked(spark, "u", 2, "d", None, "e", None),
+        ):
+            storage.merge(RECOMMENDATIONS, source, LISTS)
+        storage.append(REFRESHES, refreshed(spark, "u", 1))
+        storage.append_values(METRICS, [("name", 1.5, None, {"a": "b"}, AT), ("other", 2.5, "m", {}, AT)])
+        assert writers(storage, RECOMMENDATIONS) == writers(storage, REFRESHES) == {engine}
+    by_spark, by_delta_rs = (storages[engine] for engine in ENGINES)
+    found = {(r.user_id, r.rank, r.item_id, r.revision) for r in by_delta_rs.read(RECOMMENDATIONS).collect()}
+    of_u = {("u", 1, "d", 2), ("u", 3, "e", 2)}
+    assert found == of_u | {("v", 1, "a", 3), ("v", 2, "old", 2), ("w", 1, "new", 1)}
+    for spec in (RECOMMENDATIONS, REFRESHES):
+        assert_df_equality(by_spark.read(spec), by_delta_rs.read(spec), ignore_row_order=True)
+    # Maps have no order, and chispa sorts.
+    labels = [storage.read(METRICS).select("name", "value", "labels", "at") for storage in storages.values()]
+    assert sorted(map(str, labels[0].collect())) == sorted(map(str, labels[1].collect()))
+
+
+def test_the_tables_are_described_the_same(storages, spark):
+    described = []
+    for storage in storages.values():
+        storage.append(EVENTS, rows(spark, EVENTS, {"event_id": "secret id", "event_time": AT, "value": 1.5}))
+        table = DeltaTable(storage.location(EVENTS))
+        (added,) = table.get_add_actions(flatten=False).to_struct_array().to_pylist()
+        assert "secret id" not in str(added)
+        assert added["min"]["value"] == 1.5
+        protocol = table.protocol()
+        described.append(
+            (
+                table.metadata().configuration,
+                table.metadata().description,
+                table.schema().to_json(),
+                (protocol.min_reader_version, protocol.min_writer_version, protocol.reader_features),
+                set(added["min"]),
+            )
+        )
+    assert described[0] == described[1]
+
+
+@dataclass(frozen=True)
+class OftenCheckpointed(TableSpec):
+    @property
+    def properties(self) -> dict[str, str]:
+        return super().properties | {"delta.checkpointInterval": "3"}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_checkpoint_comes_at_the_interval_and_the_other_engine_goes_on_from_it(storages, spark, engine):
+    spec = OftenCheckpointed("metrics", "test", METRICS.schema, METRICS.keys)
+    storage = storages[engine]
+    for number in range(4):
+        storage.append_values(spec, [("name", float(number), None, {}, AT)])
+    (other,) = set(ENGINES) - {engine}
+    beside = Storage(spark, storage.settings.model_copy(update={"engine": other}))
+    for number in range(4, 8):
+        beside.append_values(spec, [("name", float(number), None, {}, AT)])
+    storage.append_values(spec, [("name", 8.0, None, {}, AT)])
+    assert writers(storage, spec) == {"spark", "delta-rs"}
+    log = [path.name for path in (Path(storage.settings.root) / spec.name / "_delta_log").glob("*.checkpoint.parquet")]
+    # Spark counts the versions from nought, delta-rs the commits from one.
+    expected = {"spark": [3, 5, 8, 9], "delta-rs": [2, 6]}
+    assert [int(name[:20]) for name in sorted(log)] == expected[engine]
+    for each in (storage, beside):
+        assert sorted(r.value for r in each.read(spec).collect()) == [float(n) for n in range(9)]
+        counted = each.query("SELECT count(*) AS rows FROM {metrics}", spec)
+        assert counted["rows"].to_pylist() == [9]
+
+
+def test_what_lies_on_executors_is_written_by_spark(storages, spark):
+    storage = storages["delta-rs"]
+    storage.append(METRICS, rows(spark, METRICS, {"name": "a"}).rows)
+    assert writers(storage, METRICS) == {"spark", "delta-rs"}  # delta-rs made the table
+
+
+def test_values_in_a_query_are_read_as_they_are(storages, spark, monkeypatch):
+    texts = ["it's", "back\\slash", "{brace}", ":colon", 'quo"te', "ü", "plain"]
+    storage = storages["delta-rs"]
+    storage.append(EVENTS, rows(spark, EVENTS, *({"event_id": t, "arrival_time": AT} for t in texts)))
+    sql = "SELECT event_id FROM {events} WHERE event_id IN (:ids) AND arrival_time BETWEEN :at AND :at"
+
+    def found(ids: list[str], at: datetime = AT) -> list[str]:
+        return sorted(storage.query(sql, EVENTS, ids=ids, at=at)["event_id"].to_pylist())
+
+    for by_spark in (False, True):
+        if by_spark:
+            monkeypatch.setattr(storage, "local", None)
+        assert found(texts) == sorted(texts)
+        assert [found([text]) for text in texts] == [[text] for text in texts]
+        assert found([]) == found(texts, AT.replace(microsecond=0)) == []
+
+
+def test_delta_rs_is_refused_where_it_cannot_write():
+    with pytest.raises(SettingsError, match=r"storage.*delta-rs writes tables in a local folder alone"):
+        load([BASE], ["storage.engine=delta-rs", "storage.kind=catalog", "storage.root=main.night"])
+    with pytest.raises(SettingsError, match="delta-rs"):
+        load([BASE], ["storage.engine=delta-rs", "storage.root=s3://bucket/tables"])
+
+
+def test_a_table_of_another_version_is_refused_by_either(storages):
+    for storage in storages.values():
+        storage.create(EVENTS)
+        log = Path(storage.settings.root) / "events" / "_delta_log" / f"{0:020}.json"
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        for line in lines:
+            if "metaData" in line:
+                line["metaData"]["schemaString"] = line["metaData"]["schemaString"].replace("retracts", "revokes")
+        log.write_text("\n".join(map(json.dumps, lines)))
+        # What vouches for the text of before.
+        for name in (f".{log.name}.crc", f"{log.stem}.crc"):
+            (log.parent / name).unlink(missing_ok=True)
+        with pytest.raises(TableError, match=r"lacks the column\(s\) retracts"):
+            storage.query("SELECT * FROM {events}", EVENTS)
