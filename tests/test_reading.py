@@ -377,14 +377,19 @@ def refreshed(spark, *rows: Row):
     return commits.settled_table(spark, pa.Table.from_pylist(made, arrow_schema(REFRESHED)))
 
 
-def test_a_catalog_has_it_as_a_view_and_the_merge_changes_nothing(spark, settings):
+def test_a_catalog_has_it_as_a_view_and_the_merge_changes_nothing(spark, settings, monkeypatch, caplog):
     document = settings.model_dump(mode="json")
     document["storage"] |= {"kind": "catalog", "root": "now_catalog"}
     named = validate(document)
     recommendations_now.make_view(Storage(spark, settings.storage), settings)
+    assert not Path(settings.storage.root).exists()
     spark.sql("CREATE DATABASE now_catalog")
     try:
         storage = Storage(spark, named.storage)
+        with monkeypatch.context() as patched:
+            patched.setattr(recommendations_now, "query", lambda storage: "SELECT nonsense")
+            recommendations_now.make_view(storage, named)
+        assert "the view recommendations_now could not be made" in caplog.text
         recommendations_now.make_view(storage, named)
         view = "SELECT * FROM now_catalog.recommendations_now"
         old, new = [Row("u", 1, ("a", "b")), Row("v", 1, ("c",))], [Row("u", 2, ("d",)), Row("w", 1, ("e", "f"))]

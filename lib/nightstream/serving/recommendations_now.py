@@ -15,8 +15,7 @@ from nightstream.store.tables import LIST_ENTRY, RECOMMENDATIONS, REFRESHES
 log = logging.getLogger(__name__)
 
 VIEW = "recommendations_now"
-# DuckDB reads it, too, with unnest for explode: docs/operations.md shows it so.
-# Of equal revisions the first one counts, as it is with MERGEs.
+# docs/operations.md has the same for DuckDB. Of equal revisions the first one counts, as it is with MERGEs.
 _QUERY = """
 WITH lists AS (
   SELECT {columns}
