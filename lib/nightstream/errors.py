@@ -24,6 +24,11 @@ class SourceError(NightstreamError):
 class TableError(NightstreamError):
     """A table is missing, has another schema than its TableSpec, or lost rows."""
 
+    @classmethod
+    def missing(cls, name: str, place: str, root: str = "storage.root") -> TableError:
+        """root: what the caller calls the place of all tables."""
+        return cls(f"table {name} is missing at {place}; run the nightly job first or check {root}")
+
 
 class ArtifactError(NightstreamError):
     """A model's artifacts are missing, damaged, or made for something else."""

@@ -56,7 +56,7 @@ def _table(root: str | os.PathLike[str], name: str) -> DeltaTable:
     try:
         return DeltaTable(place)
     except TableNotFoundError as error:
-        raise TableError(f"table {name} is missing at {place}; run the nightly job first or check root") from error
+        raise TableError.missing(name, place, "root") from error
 
 
 def _select(table: DeltaTable, schema: pa.Schema, conditions: list[str]) -> pa.Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pyarrow as pa
 import pytest
@@ -19,7 +20,7 @@ class Noted(background_merge.BackgroundMerge):
     """Its MERGEs note their rows, wait for `gate`, and fail on the rows "bad"."""
 
     def __init__(self) -> None:
-        super().__init__(None, 5, 1)
+        super().__init__(None, 5, 1, share=0.5)
         self.merged: list[list[str]] = []
         self.gate, self.begun = threading.Event(), threading.Event()
 
@@ -76,3 +77,30 @@ def test_too_many_pending_commits_wait(merging, monkeypatch, bound):
     assert not waiting.is_alive()
     merging.settle()
     assert [rows for merge in merging.merged for rows in merge][-1] == "one more"
+
+
+def test_closing_waits_for_the_merge_that_runs_and_begins_no_other(merging):
+    merging.add(Commit("a"))
+    assert merging.begun.wait(10)
+    merging.add(Commit("later"))
+    closing = threading.Thread(target=merging.close)
+    closing.start()
+    closing.join(0.2)
+    assert closing.is_alive()
+    merging.gate.set()
+    closing.join(10)
+    assert not closing.is_alive()
+    assert merging.merged == [["a"]]
+
+
+def test_merges_take_no_more_than_their_share_of_the_time(merging):
+    merging.add(Commit("a"))
+    assert merging.begun.wait(10)
+    time.sleep(0.4)
+    merging.begun.clear()
+    merging.gate.set()
+    merging.add(Commit("b"))
+    # Half of the time: so long as the first one took.
+    assert not merging.begun.wait(0.3)
+    assert merging.begun.wait(10)
+    merging.settle()

@@ -247,10 +247,10 @@ def follow(settings, monkeypatch):
     small = settings.sync.model_copy(update={"batch_rows": 3, "poll_seconds": 0.01})
 
     def worked_off(target: Fake, stop=lambda: False, until_idle: bool = True) -> dict:
-        told = sync._Told(Tally(utc_now()), stop)
+        progress = sync._Progress(Tally(utc_now()), stop)
         commits = sync.Commits(Path(settings.storage.root))
-        sync.follow(commits, Patient(target, 5), small, told, stop, until_idle)
-        return told.tally.summary()
+        sync.follow(commits, Patient(target, 5), small, progress, stop, until_idle)
+        return progress.tally.summary()
 
     return worked_off
 

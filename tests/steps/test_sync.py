@@ -222,11 +222,13 @@ def test_killed_anywhere_and_started_again_it_ends_in_the_same(copy, settings, t
         in_the_midst += not copy.equals(root)
     assert in_the_midst
     with running(settings, tmp_path, "--until-idle") as process:
-        told = process.printed()
+        progress = process.printed()
     assert copy.equals(root)
     with running(settings, tmp_path, "--until-idle") as process:
         assert process.printed()["rows"] == 0
-    print(f"{copy.kind}: killed 6 times, {in_the_midst} of them in the midst; the last start read {told['rows']} rows")
+    print(
+        f"{copy.kind}: killed 6 times, {in_the_midst} of them in the midst; the last start read {progress['rows']} rows"
+    )
 
 
 @pytest.mark.slow
@@ -276,15 +278,15 @@ def test_the_time_from_a_commit_to_the_copy(copy, settings, tmp_path):
             while copy.revision(f"u{revision % 7}") != revision:
                 assert time.monotonic() < committed + PATIENCE, process.said()[-3000:]
             times.append(time.monotonic() - committed)
-        told = process.ended()
+        progress = process.ended()
     print(
         f"{copy.kind}: following after {started:.2f} s, 2000 users complete after {complete:.2f} s; commit -> readable "
         f"p50 {median(times) * 1000:.0f} ms, max {max(times) * 1000:.0f} ms; the command says p50 "
-        f"{told['delay_p50_s'] * 1000:.0f} ms, max {told['delay_max_s'] * 1000:.0f} ms"
+        f"{progress['delay_p50_s'] * 1000:.0f} ms, max {progress['delay_max_s'] * 1000:.0f} ms"
     )
-    assert (told["rows"], told["written"]) == (2040, 2040)
+    assert (progress["rows"], progress["written"]) == (2040, 2040)
     assert median(times) < 1
-    assert told["delay_p50_s"] >= min(times)
+    assert progress["delay_p50_s"] >= min(times)
 
 
 @pytest.mark.slow
@@ -315,15 +317,15 @@ def test_what_is_wrong_in_postgresql_is_one_sentence(settings, capsys):
         store.rows("CREATE TABLE other (user_id text, list text)")
         store.rows("CREATE ROLE reader LOGIN")
 
-        def told(database: str = "postgres", user: str = "postgres", table: str = "lists") -> str:
+        def progress(database: str = "postgres", user: str = "postgres", table: str = "lists") -> str:
             url = f"postgresql://{user}@127.0.0.1:{store.port}/{database}"
             return sentence(settings, capsys, f"sync.url={url}", "sync.target=postgresql", f"sync.table={table}")
 
-        assert 'database "nowhere" does not exist' in told(database="nowhere")
-        assert "the table other in PostgreSQL" in (shown := told(table="other"))
+        assert 'database "nowhere" does not exist' in progress(database="nowhere")
+        assert "the table other in PostgreSQL" in (shown := progress(table="other"))
         assert "drop it or name another in sync.table" in shown
-        assert 'schema "nowhere" does not exist' in told(table="nowhere.lists")
-        assert "permission denied" in (shown := told(user="reader"))
+        assert 'schema "nowhere" does not exist' in progress(table="nowhere.lists")
+        assert "permission denied" in (shown := progress(user="reader"))
         assert "grant the user of sync.url" in shown
 
 

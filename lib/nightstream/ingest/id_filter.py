@@ -48,10 +48,12 @@ class IdFilter:
             events = storage.read(EVENTS)
             known.add_rows(events, events.count())
             return known
-        parts = [np.array([], np.int64)]
+        parts, count = [np.array([], np.int64)], 0
         for batch in storage.local.batches(EVENTS, ["event_id", "retracts"]):
-            parts += [hashes(batch["event_id"]), hashes(batch["retracts"])]
-            if sum(map(len, parts)) > MOST_IDS:
+            added = [hashes(batch["event_id"]), hashes(batch["retracts"])]
+            parts += added
+            count += sum(map(len, added))
+            if count > MOST_IDS:
                 known._give_up()
                 return known
         return cls(np.concatenate(parts))

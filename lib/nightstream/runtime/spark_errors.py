@@ -107,3 +107,8 @@ def _text(cause: BaseException) -> str | None:
 def _first_line(text: str) -> str:
     line = next((part.strip() for part in text.splitlines() if part.strip()), "")
     return re.sub(r"\s*SQLSTATE: \w+", "", re.sub(r"^.*?\[[A-Z_.]+\]\s*", "", line))
+
+
+def has_new_columns(error: Exception) -> bool:
+    """Whether a Delta source stopped the query because its schema has changed; a query started anew goes on."""
+    return any(name in str(error) for name in ("DELTA_SCHEMA_CHANGED", "DELTA_STREAMING_METADATA_EVOLUTION"))

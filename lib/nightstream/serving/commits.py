@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 
 import numpy as np
@@ -19,6 +19,7 @@ from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from nightstream.models.arrow import combined
+from nightstream.reading import CLOCK_SKEW
 from nightstream.serving.user_state import last_of_runs
 from nightstream.store import buckets
 from nightstream.store.materialize import Cut, cut
@@ -33,7 +34,6 @@ from nightstream.store.tables import (
     arrow_schema,
 )
 
-CLOCK_SKEW = timedelta(hours=1)
 _NEWER = "s.revision > t.revision"
 OF_THE_USER = ("user_id", "revision", "model_version", "catalogue_version", "as_of", "refreshed_at", "bucket")
 _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
@@ -198,9 +198,8 @@ def merge_tail(storage: Storage, layout: Layout, attempts: int) -> None:
         RECOMMENDATIONS,
     )["at"].drop_null()
     since = min(reached.to_pylist()) - CLOCK_SKEW if len(reached) == 2 else _LONG_AGO
-    users = storage.query(_BEHIND, REFRESHES, USER_VECTORS, RECOMMENDATIONS, since=since, most=LOCAL_USERS + 1)[
-        "user_id"
-    ]
+    most = LOCAL_USERS + 1
+    users = storage.query(_BEHIND, REFRESHES, USER_VECTORS, RECOMMENDATIONS, since=since, most=most)["user_id"]
     if not len(users):
         return
     if len(users) <= LOCAL_USERS:

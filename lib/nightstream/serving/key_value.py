@@ -582,13 +582,13 @@ def position_in(target: Target, table: str) -> tuple[str | None, Position | None
     text = target.position()
     if text is None:
         return None, None
-    found = Position.of(text)
-    if found is None or found.table != table:
+    position = Position.of(text)
+    if position is None or position.table != table:
         raise NightstreamError(
             f"{target.name} holds the copy of other tables there, whose revisions say nothing about these; "
             "empty it, or name another sync.table or sync.prefix"
         )
-    return text, found
+    return text, position
 
 
 def _module(name: str, server: str) -> Any:

@@ -18,7 +18,7 @@ from nightstream.monitoring import freshness
 from nightstream.monitoring.batch_report import BatchReport
 from nightstream.runtime.session import is_remote
 from nightstream.runtime.settings import Settings
-from nightstream.runtime.spark_errors import ours_in
+from nightstream.runtime.spark_errors import has_new_columns, ours_in
 from nightstream.serving import recommendations_now
 from nightstream.serving.stream_function import StreamFunction
 from nightstream.serving.stream_state import QUERY, ShippedStream, Stream, StreamState
@@ -68,7 +68,7 @@ def run(
                 break
             except Exception as error:
                 vain_starts = vain_starts + 1 if stream.counts["batches"] == batches else 1
-                if not _has_new_columns(error) or vain_starts > MOST_VAIN_STARTS:
+                if not has_new_columns(error) or vain_starts > MOST_VAIN_STARTS:
                     raise ours_in(error) or error from error
             log.warning(
                 "the columns of the source have changed: reading them anew", extra={"path": settings.stream.path}
@@ -114,8 +114,3 @@ def _run_out(query: StreamingQuery, stream: Stream, until_idle: bool, is_over: C
                 return
     finally:
         stream.stop(query)
-
-
-def _has_new_columns(error: Exception) -> bool:
-    """Whether a Delta source stopped the query because its schema has changed; a query started anew goes on."""
-    return any(name in str(error) for name in ("DELTA_SCHEMA_CHANGED", "DELTA_STREAMING_METADATA_EVOLUTION"))

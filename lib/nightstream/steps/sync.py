@@ -21,8 +21,6 @@ from urllib.parse import quote, unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from deltalake import DeltaTable
-from deltalake.exceptions import TableNotFoundError
 
 from nightstream.errors import SettingsError, TableError
 from nightstream.runtime import secrets
@@ -30,6 +28,7 @@ from nightstream.runtime.clock import utc_now
 from nightstream.runtime.settings import Settings, SyncSettings
 from nightstream.serving import key_value
 from nightstream.serving.key_value import COLUMNS, Kind, Patient, Position, Stopped, Tally, Target
+from nightstream.store.delta_rs import DeltaRs
 from nightstream.store.tables import REFRESHES
 
 if TYPE_CHECKING:
@@ -46,15 +45,14 @@ MOST_COMMITS = 200
 MOST_VAIN_READS = 5
 # How often the folder is listed, and the target is asked for its position, while nothing is new.
 LOOK_SECONDS = 5.0
-TELL_SECONDS = 10.0
+REPORT_SECONDS = 10.0
 _TALLY = "rows long, written long, refused long, delays array<double>, slowest double"
 _DELAYS_PER_TASK = 100
 _READ_AHEAD_BYTES = 1 << 20
-# What ends a query that can go on once everything is read anew, and what one that only has to be started again.
+# What ends a query that can go on once everything is read anew.
 _LOST = ("LostError", "DELTA_MISSING_FILES_UNEXPECTED_VERSION", "FILE_NOT_EXIST", "DELTA_FILE_NOT_FOUND")
-_NEW_COLUMNS = ("DELTA_SCHEMA_CHANGED", "DELTA_STREAMING_METADATA_EVOLUTION")
 # run_id -> who counts what the micro-batches of a query in this process have written.
-_TOLD: dict[str, _Told] = {}
+_RUNS: dict[str, _Progress] = {}
 
 
 def run(
@@ -79,25 +77,25 @@ def run(
         TableError: there is no table, or it is older than the copy.
         MachineError: a package is missing, or the server does not answer at the start or for sync.retry_seconds.
     """
-    told = _Told(Tally(utc_now()), stop)
+    progress = _Progress(Tally(utc_now()), stop)
     sync = settings.sync
     kind, url = _server(sync)
     target_there = key_value.target_of(kind, url, sync.table, sync.prefix)
     with closing(Patient(target_there, sync.retry_seconds, stop)) as target:
         try:
             if spark is None:
-                follow(Commits(Path(settings.storage.root)), target, sync, told, stop, until_idle)
+                follow(Commits(Path(settings.storage.root)), target, sync, progress, stop, until_idle)
             else:
-                _follow_by_spark(spark, settings, target, told, stop, until_idle)
+                _follow_by_spark(spark, settings, target, progress, stop, until_idle)
         except Stopped:
             pass
-    told.tell()
+    progress.report()
     if spark is not None:
         from nightstream.runtime.session import is_remote
 
         if is_remote(spark):
             return {}
-    return told.tally.summary()
+    return progress.tally.summary()
 
 
 class Commits:
@@ -108,12 +106,13 @@ class Commits:
     """
 
     def __init__(self, root: Path) -> None:
-        self._folder = root.absolute() / REFRESHES.name
+        self._tables = DeltaRs(str(root.absolute()))
+        self._folder = Path(self._tables.path(REFRESHES))
         self._log = self._folder / "_delta_log"
         self._next_look = 0.0
-        self.id = str(self._open().metadata().id)
+        self.id = str(self._tables.open(REFRESHES).metadata().id)
 
-    def since(self, at: int | None) -> News | None:
+    def since(self, at: int | None) -> Unread | None:
         """What is new after that version, everything where it is None; None where nothing is.
 
         Raises TableError where the table is missing, another one, or older than that version.
@@ -127,7 +126,7 @@ class Commits:
             files[:0] = added
             version += 1
         if version > at:
-            return News(files, version)
+            return Unread(files, version)
         if time.monotonic() < self._next_look:
             return None
         newest = self._newest()
@@ -140,9 +139,9 @@ class Commits:
         # The log of a commit is deleted some time after it was checkpointed.
         return self._everything() if newest > at and self._added(at + 1) is None else None
 
-    def batches(self, news: News, at_once: int, stop: Callable[[], bool]) -> Iterator[pa.RecordBatch]:
+    def batches(self, unread: Unread, at_once: int, stop: Callable[[], bool]) -> Iterator[pa.RecordBatch]:
         """COLUMNS of the rows, so many at once. Raises FileNotFoundError where a file was vacuumed, Stopped."""
-        for file in news.files:
+        for file in unread.files:
             # No more than a part of a file is in memory.
             with pq.ParquetFile(self._folder / file, buffer_size=_READ_AHEAD_BYTES, pre_buffer=False) as rows:
                 for batch in rows.iter_batches(at_once, columns=list(COLUMNS), use_threads=False):
@@ -150,24 +149,11 @@ class Commits:
                         raise Stopped
                     yield batch
 
-    def _open(self) -> DeltaTable:
-        try:
-            table = DeltaTable(str(self._folder))
-        except TableNotFoundError as error:
-            raise self._missing() from error
-        REFRESHES.check(column.name for column in table.schema().fields)
-        return table
-
-    def _missing(self) -> TableError:
-        return TableError(
-            f"table {REFRESHES.name} is missing at {self._folder}; run the nightly job first or check storage.root"
-        )
-
-    def _everything(self) -> News:
-        table = self._open()
+    def _everything(self) -> Unread:
+        table = self._tables.open(REFRESHES)
         files = pa.table(table.get_add_actions()).select(["path", "modification_time"])
         newest_first = files.sort_by([("modification_time", "descending")])["path"].to_pylist()
-        return News([unquote(path) for path in newest_first], table.version())
+        return Unread([unquote(path) for path in newest_first], table.version())
 
     def _added(self, version: int) -> list[str] | None:
         """The files that a commit has added, without those that only arrange older rows anew; None where it is not
@@ -193,45 +179,50 @@ class Commits:
         except FileNotFoundError:
             names = []
         if not names:
-            raise self._missing()
+            raise TableError.missing(REFRESHES.name, str(self._folder))
         return max(int(name[:20]) for name in names)
 
 
 @dataclass(frozen=True)
-class News:
+class Unread:
     """Files to read, the newest first, after which a copy is at that version."""
 
     files: list[str]
     version: int
 
 
-class _Told:
-    """Counts what was written, and tells it every TELL_SECONDS. stop: that of the run which counts."""
+class _Progress:
+    """Counts what was written, and tells it every REPORT_SECONDS. stop: that of the run which counts."""
 
     def __init__(self, tally: Tally, stop: Callable[[], bool]) -> None:
         self.tally, self.stop = tally, stop
-        self._untold = Tally(tally.since)
+        self._unreported = Tally(tally.since)
         self._last = time.monotonic()
 
     def add(self, tally: Tally) -> None:
         self.tally.add(tally)
-        self._untold.add(tally)
-        self.tell_in_time()
+        self._unreported.add(tally)
+        self.report_in_time()
 
-    def tell_in_time(self) -> None:
-        if time.monotonic() - self._last >= TELL_SECONDS:
-            self.tell()
+    def report_in_time(self) -> None:
+        if time.monotonic() - self._last >= REPORT_SECONDS:
+            self.report()
 
-    def tell(self) -> None:
+    def report(self) -> None:
         self._last = time.monotonic()
-        if self._untold.rows:
-            figures = self._untold.summary().items()
+        if self._unreported.rows:
+            figures = self._unreported.summary().items()
             log.info("copied", extra={name: value for name, value in figures if value is not None})
-        self._untold = Tally(self.tally.since)
+        self._unreported = Tally(self.tally.since)
 
 
 def follow(
-    commits: Commits, target: Patient, sync: SyncSettings, told: _Told, stop: Callable[[], bool], until_idle: bool
+    commits: Commits,
+    target: Patient,
+    sync: SyncSettings,
+    progress: _Progress,
+    stop: Callable[[], bool],
+    until_idle: bool,
 ) -> None:
     """Write the rows of a table in a folder, everything first, then what each commit adds.
 
@@ -242,7 +233,7 @@ def follow(
         commits: of the table.
         target: not connected yet.
         sync: settings.
-        told: takes what was written.
+        progress: takes what was written.
         stop: asked between two polls, and while rows are read.
         until_idle: return when nothing is new.
 
@@ -255,11 +246,11 @@ def follow(
     log.info("following refreshes", extra={"to": target.name, "from_version": "all" if at is None else at})
     next_look, vain = time.monotonic() + LOOK_SECONDS, 0
     while not stop():
-        connections, news = target.connections, commits.since(at)
-        if news is None:
+        connections, unread = target.connections, commits.since(at)
+        if unread is None:
             if until_idle:
                 return
-            told.tell_in_time()
+            progress.report_in_time()
             key_value.sleep(sync.poll_seconds, stop)
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + LOOK_SECONDS
@@ -267,8 +258,8 @@ def follow(
                     kept, at = _lost(target, commits.id)
             continue
         try:
-            rows = commits.batches(news, sync.batch_rows, stop)
-            told.add(key_value.write(rows, target, sync.batch_rows, told.tally.since, utc_now))
+            rows = commits.batches(unread, sync.batch_rows, stop)
+            progress.add(key_value.write(rows, target, sync.batch_rows, progress.tally.since, utc_now))
         except FileNotFoundError as error:
             vain += 1
             if vain > MOST_VAIN_READS:
@@ -277,10 +268,10 @@ def follow(
                 ) from error
             at = None
             continue
-        after = Position(commits.id, FILES, news.version).text()
+        after = Position(commits.id, FILES, unread.version).text()
         moved = target.move(kept, after)
         if moved and target.connections == connections:
-            kept, at, vain = after, news.version, 0
+            kept, at, vain = after, unread.version, 0
         else:
             before = at
             kept, at = _lost(target, commits.id)
@@ -291,8 +282,8 @@ def follow(
 
 def _position(target: Target, table: str, reader: str) -> tuple[str | None, int | None]:
     """The position that the target keeps, and where a reader goes on; None for everything."""
-    kept, found = key_value.position_in(target, table)
-    return kept, found.at if found is not None and found.reader == reader else None
+    kept, position = key_value.position_in(target, table)
+    return kept, position.at if position is not None and position.reader == reader else None
 
 
 def _lost(target: Target, table: str) -> tuple[str | None, int | None]:
@@ -306,14 +297,14 @@ def _server(sync: SyncSettings) -> tuple[Kind, str]:
     if sync.target is None or sync.url is None:
         missing = "sync.target: write postgresql or redis" if sync.target is None else "sync.url: write its address"
         raise SettingsError([f"{missing}, the server that the lists are copied to"])
-    references = [found.group() for found in secrets.REFERENCE.finditer(sync.url)]
+    references = [match.group() for match in secrets.REFERENCE.finditer(sync.url)]
     values, problems = secrets.resolve({text: text for text in references})
     if problems:
         raise SettingsError([f"sync.url: {problem}" for problem in problems])
     if references == [sync.url]:
         return sync.target, values[sync.url]
     # A password in the midst of an address may hold characters that mean something there.
-    return sync.target, secrets.REFERENCE.sub(lambda found: quote(values[found.group()], safe=""), sync.url)
+    return sync.target, secrets.REFERENCE.sub(lambda match: quote(values[match.group()], safe=""), sync.url)
 
 
 class LostError(Exception):
@@ -340,22 +331,22 @@ class WriteBatch:
         after = Position(self.table, self.reader, batch_id).text()
         with closing(self.target()) as target:
             while True:
-                kept, found = key_value.position_in(target, self.table)
-                if found is None or found.reader != self.reader or found.at < batch_id - 1:
+                kept, position = key_value.position_in(target, self.table)
+                if position is None or position.reader != self.reader or position.at < batch_id - 1:
                     raise LostError(f"{target.name} has lost its position")
                 connections = target.connections
                 tally = self._write(rows)
                 # A server that was away meanwhile, and may have lost rows, has to be connected anew for this.
                 if target.move(kept, after) and target.connections == connections:
                     break
-        if (told := _TOLD.get(self.run_id)) is not None:
-            told.add(tally)
+        if (progress := _RUNS.get(self.run_id)) is not None:
+            progress.add(tally)
         else:
             log.info("copied", extra={n: v for n, v in tally.summary().items() if v is not None})
 
     def target(self) -> Patient:
-        told = _TOLD.get(self.run_id)
-        stop = (lambda: False) if told is None else told.stop
+        progress = _RUNS.get(self.run_id)
+        stop = (lambda: False) if progress is None else progress.stop
         target = key_value.target_of(self.kind, self.url, self.sync.table, self.sync.prefix)
         return Patient(target, self.sync.retry_seconds, stop)
 
@@ -387,13 +378,13 @@ def _follow_by_spark(
     spark: SparkSession,
     settings: Settings,
     target: Patient,
-    told: _Told,
+    progress: _Progress,
     stop: Callable[[], bool],
     until_idle: bool,
 ) -> None:
     """As `follow`, by a streaming query. Its checkpoint belongs to what the target has: where that, or what is left of
     the table's log, no longer fits, a new checkpoint reads everything."""
-    from nightstream.runtime.spark_errors import ours_in
+    from nightstream.runtime.spark_errors import has_new_columns, ours_in
     from nightstream.store.storage import Storage
 
     storage = Storage(spark, settings.storage)
@@ -402,17 +393,17 @@ def _follow_by_spark(
     table = "" if detail is None else str(detail.id)
     target.connect()
     run_id, is_lost, vain, rows = uuid.uuid4().hex, False, 0, 0
-    _TOLD[run_id] = told
+    _RUNS[run_id] = progress
     try:
         while not stop():
-            kept, found = key_value.position_in(target, table)
-            reader = found.reader if found is not None else ""
+            kept, position = key_value.position_in(target, table)
+            reader = position.reader if position is not None else ""
             if is_lost or not reader.startswith(f"{SPARK}-"):
                 reader = f"{SPARK}-{uuid.uuid4().hex}"
                 if not target.move(kept, Position(table, reader, -1).text()):
                     continue
             log.info("following refreshes", extra={"to": target.name, "reader": reader})
-            function = WriteBatch(settings.sync, table, reader, run_id, told.tally.since, *_server(settings.sync))
+            function = WriteBatch(settings.sync, table, reader, run_id, progress.tally.since, *_server(settings.sync))
             query = _query(storage, function, until_idle)
             try:
                 if _run_out(query, partial(_is_at, target, function), stop):
@@ -421,14 +412,14 @@ def _follow_by_spark(
             except Exception as error:
                 if stop():
                     return
-                vain = vain + 1 if told.tally.rows == rows else 1
+                vain = vain + 1 if progress.tally.rows == rows else 1
                 is_lost = any(sign in str(error) for sign in _LOST)
-                if vain > MOST_VAIN_READS or not (is_lost or any(sign in str(error) for sign in _NEW_COLUMNS)):
+                if vain > MOST_VAIN_READS or not (is_lost or has_new_columns(error)):
                     raise ours_in(error) or error from error
-            rows = told.tally.rows
+            rows = progress.tally.rows
             log.warning("starting the query again", extra={"from": "all" if is_lost else "where it was"})
     finally:
-        del _TOLD[run_id]
+        del _RUNS[run_id]
 
 
 def _query(storage: Storage, function: WriteBatch, until_idle: bool) -> StreamingQuery:
@@ -460,5 +451,5 @@ def _run_out(query: StreamingQuery, is_at: Callable[[], bool], stop: Callable[[]
 
 
 def _is_at(target: Patient, function: WriteBatch) -> bool:
-    found = key_value.position_in(target, function.table)[1]
-    return found is not None and found.reader == function.reader
+    position = key_value.position_in(target, function.table)[1]
+    return position is not None and position.reader == function.reader

@@ -56,9 +56,7 @@ class DeltaRs:
         try:
             table = DeltaTable(self.path(spec))
         except TableNotFoundError as error:
-            raise TableError(
-                f"table {spec.name} is missing at {self.path(spec)}; run the nightly job first or check storage.root"
-            ) from error
+            raise TableError.missing(spec.name, self.path(spec)) from error
         spec.check(field.name for field in table.schema().fields)
         return table
 

@@ -17,14 +17,12 @@ import uuid
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import pyarrow as pa
-
 from nightstream.errors import WriterBusyError
 from nightstream.runtime.session import first_in_line
 from nightstream.store.fence import Fence
 from nightstream.store.merge import Merge, When
 from nightstream.store.storage import Storage
-from nightstream.store.tables import FENCED, WRITER_LEASE, arrow_schema
+from nightstream.store.tables import FENCED, WRITER_LEASE, arrow_table
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +75,7 @@ def _swapped(storage: Storage, row: tuple[Any, ...], now: datetime, attempts: in
         held = _held(storage)
         if held is not None and not _may_take(held, row, now, renew):
             return _named(held)
-        if storage.local.swap(WRITER_LEASE, _row_of(row), version):
+        if storage.local.swap(WRITER_LEASE, arrow_table(WRITER_LEASE.schema, [row]), version):
             return None
         time.sleep(random.uniform(0.01, 0.05) * attempt)
     raise WriterBusyError("the lease of the tables is being taken by many processes at once; try again")
@@ -88,11 +86,6 @@ def _may_take(held: dict[str, Any], row: tuple[Any, ...], now: datetime, renew: 
     if renew:
         return (held["holder"], held["token"]) == (holder, token)
     return held["holder"] == holder or held["expires_at"] < now
-
-
-def _row_of(row: tuple[Any, ...]) -> pa.Table:
-    kinds = arrow_schema(WRITER_LEASE.schema)
-    return pa.table([pa.array([value], field.type) for value, field in zip(row, kinds, strict=True)], kinds)
 
 
 def _merged(storage: Storage, row: tuple[Any, ...], now: datetime, attempts: int, renew: bool) -> str | None:

@@ -44,9 +44,7 @@ class Cut:
         self.totals, self.table = dict(totals), table
 
     @classmethod
-    def of(
-        cls, spark: SparkSession, table: pa.Table, schema: StructType, totals: Mapping[str, Any] = MappingProxyType({})
-    ) -> Cut:
+    def of(cls, spark: SparkSession, table: pa.Table, schema: StructType, totals: Mapping[str, Any] = NO_TOTALS) -> Cut:
         """Rows that are on the driver."""
         # One type wherever the rows were computed: tables of several origins can be put together.
         table = table.cast(arrow_schema(schema))
@@ -68,13 +66,6 @@ class Cut:
         """The rows in which a column has this value."""
         return self._derived(
             lambda rows: rows.where(F.col(column) == value), lambda table: table.filter(pc.equal(table[column], value))
-        )
-
-    def where_same(self, left: str, right: str) -> Cut:
-        """The rows in which two columns are equal and not null."""
-        return self._derived(
-            lambda rows: rows.where(F.col(left) == F.col(right)),
-            lambda table: table.filter(pc.equal(table[left], table[right])),
         )
 
     def where_null(self, column: str) -> Cut:

@@ -121,14 +121,14 @@ def candidate(storage: Storage) -> ModelRow | None:
         f"SELECT r.model_version FROM ({rejected}) r LEFT JOIN ({overruled}) o ON r.model_version = o.model_version "
         "WHERE o.at IS NULL OR o.at < r.at"
     )
-    found = storage.query(
+    trained = storage.query(
         f"SELECT * FROM {{models}} WHERE status = :trained AND model_version NOT IN ({out}) {_NEWEST}",
         MODELS,
         trained=TRAINED,
         rejected=REJECTED,
         published=PUBLISHED,
     )
-    return _row(found)
+    return _row(trained)
 
 
 def published(storage: Storage) -> ModelRow:

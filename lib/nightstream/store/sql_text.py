@@ -35,4 +35,4 @@ def _filled(sql: str, values: Mapping[str, Value], escaped: Callable[[str], str]
         # No id is empty. (With NULL in the brackets delta-rs leaves the whole condition out.)
         return ", ".join(map(literal, value)) or "''"
 
-    return re.sub(r":([a-z]\w*)", lambda found: literal(values[found[1]]), sql)
+    return re.sub(r":([a-z]\w*)", lambda match: literal(values[match[1]]), sql)

@@ -38,7 +38,7 @@ from nightstream.store.delta_sql import SqlTable
 from nightstream.store.fence import APPLICATION, Fence
 from nightstream.store.materialize import Cut
 from nightstream.store.merge import Action, Merge
-from nightstream.store.tables import FENCED, TableSpec, arrow_schema
+from nightstream.store.tables import FENCED, TableSpec, arrow_table
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -84,9 +84,9 @@ class Storage:
         self.local = DeltaRs(self._root) if settings.is_folder and not is_remote(spark) else None
 
     @property
-    def writes_locally(self) -> bool:
-        """Whether delta-rs writes what lies in this process."""
-        return self.local is not None and self.settings.engine != "spark"
+    def writer(self) -> DeltaRs | None:
+        """delta-rs, where it writes what lies in this process."""
+        return None if self.settings.engine == "spark" else self.local
 
     def location(self, spec: TableSpec) -> str:
         """Path of the table, or catalog.schema.name."""
@@ -119,8 +119,8 @@ class Storage:
         for spec in specs:
             if self.exists(spec):
                 continue
-            if self.local is not None and self.writes_locally:
-                self.local.create(spec)
+            if self.writer is not None:
+                self.writer.create(spec)
                 continue
             if is_remote(self.spark):
                 delta_sql.create(self.spark, self.sql_name(spec), spec)
@@ -142,10 +142,7 @@ class Storage:
         except AnalysisException as error:
             if self.exists(spec):
                 raise
-            raise TableError(
-                f"table {spec.name} is missing at {self.location(spec)}; "
-                "run the nightly job first or check storage.root"
-            ) from error
+            raise TableError.missing(spec.name, self.location(spec)) from error
         return frame
 
     def read_or_empty(self, spec: TableSpec) -> DataFrame:
@@ -182,21 +179,16 @@ class Storage:
     def append(self, spec: TableSpec, rows: DataFrame | Cut) -> None:
         """Append in one commit. Raises WriterBusyError where another process has taken the tables over."""
         self.create(spec)
-        local, table = self._local_rows(rows)
+        table = rows.table if isinstance(rows, Cut) else None
         with self._write(spec) as fence:
-            if local is not None and table is not None:
-                local.append(spec, table, fence)
+            if self.writer is not None and table is not None:
+                self.writer.append(spec, table, fence)
                 return
-            frame = rows.rows if isinstance(rows, Cut) else rows
-            self._save(spec, frame.select(*spec.schema.names).write.format("delta").mode("append"), fence)
+            self._save(spec, _frame(rows).select(*spec.schema.names).write.format("delta").mode("append"), fence)
 
     def append_values(self, spec: TableSpec, values: list[tuple[Any, ...]]) -> None:
         """Append rows of Python values, in the order of the columns, in one commit."""
-        columns = zip(arrow_schema(spec.schema), zip(*values, strict=True), strict=True)
-        arrays = [
-            pa.array([list(v.items()) if isinstance(v, dict) else v for v in each], f.type) for f, each in columns
-        ]
-        self.append(spec, Cut.of(self.spark, pa.table(arrays, arrow_schema(spec.schema)), spec.schema))
+        self.append(spec, Cut.of(self.spark, arrow_table(spec.schema, values), spec.schema))
 
     def merge(self, spec: TableSpec, rows: DataFrame | Cut, merge: Merge) -> None:
         """MERGE rows, in one commit.
@@ -211,14 +203,13 @@ class Storage:
             WriterBusyError: another process has taken the tables over.
         """
         self.create(spec)
-        local, table = self._local_rows(rows)
+        table = rows.table if isinstance(rows, Cut) else None
         with self._write(spec) as fence:
-            if local is not None and table is not None:
-                local.merge(spec, table, merge, fence)
+            if self.writer is not None and table is not None:
+                self.writer.merge(spec, table, merge, fence)
                 return
-            frame = rows.rows if isinstance(rows, Cut) else rows
             target = self.table(spec) if fence is None else self._fenced(spec, fence)
-            merge.add_to(target.alias("t").merge(frame.alias("s"), merge.on), _CLAUSES).execute()
+            merge.add_to(target.alias("t").merge(_frame(rows).alias("s"), merge.on), _CLAUSES).execute()
 
     def seal(self, *specs: TableSpec) -> None:
         """Let each table, made where it is missing, know the epoch of the fence: older ones can write it no more."""
@@ -258,12 +249,6 @@ class Storage:
         if self._by_name:
             return DeltaTable.forName(self.spark, self.location(spec))
         return DeltaTable.forPath(self.spark, self.location(spec))
-
-    def _local_rows(self, rows: DataFrame | Cut) -> tuple[DeltaRs | None, pa.Table | None]:
-        """Who writes the rows, and the rows, where that is delta-rs."""
-        if self.local is None or not self.writes_locally or not isinstance(rows, Cut):
-            return None, None
-        return self.local, rows.table
 
     @contextmanager
     def _write(self, spec: TableSpec) -> Iterator[Fence | None]:
@@ -329,6 +314,10 @@ class Storage:
                 log.warning("concurrent write, trying again", extra={"what": what, "attempt": attempt})
                 time.sleep(random.uniform(0.1, 0.5) * attempt)
         raise AssertionError("unreachable")
+
+
+def _frame(rows: DataFrame | Cut) -> DataFrame:
+    return rows.rows if isinstance(rows, Cut) else rows
 
 
 def _like(spark: SparkSession) -> SparkSession:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 from pyspark.sql import types as T
@@ -42,6 +43,15 @@ LIST_ENTRY = _struct(rank=INT, item_id=STRING, score=DOUBLE, strategy=STRING, re
 def arrow_schema(schema: T.StructType) -> pa.Schema:
     """The schema in Arrow's types, in which rows are on the driver and in workers: times in microseconds, UTC."""
     return to_arrow_schema(schema, timezone="UTC")
+
+
+def arrow_table(schema: T.StructType, rows: Sequence[tuple[Any, ...]]) -> pa.Table:
+    """Rows of Python values, in the order of the columns, in Arrow's types; one or more."""
+    kinds = arrow_schema(schema)
+    columns = zip(kinds, zip(*rows, strict=True), strict=True)
+    # Arrow takes a map as a list of pairs.
+    arrays = [pa.array([list(v.items()) if isinstance(v, dict) else v for v in c], f.type) for f, c in columns]
+    return pa.table(arrays, kinds)
 
 
 @dataclass(frozen=True)
