@@ -178,7 +178,9 @@ def _row_counts(storage: Storage) -> dict[str, int]:
     storage.create(*TABLES)
     counts = " UNION ALL ".join(f"SELECT '{t.name}' AS name, count(*) AS rows FROM {{{t.name}}}" for t in TABLES)
     counted = storage.query(f"SELECT name, rows FROM ({counts}) c", *TABLES)
-    return dict(zip(counted["name"].to_pylist(), counted["rows"].to_pylist(), strict=True))
+    rows = dict(zip(counted["name"].to_pylist(), counted["rows"].to_pylist(), strict=True))
+    # A query gives them in no order.
+    return {table.name: rows[table.name] for table in TABLES}
 
 
 def check(storage: Storage) -> dict[str, int]:
