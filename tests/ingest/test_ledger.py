@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from chispa import assert_df_equality
 from nightstream.errors import TableError
 from nightstream.ingest import booking, ledger, resolve
 from nightstream.ingest.id_filter import IdFilter
@@ -141,10 +142,26 @@ def test_a_batch_too_large_for_the_driver_is_known_to_the_next_one(spark, settin
     with monkeypatch.context() as patched:
         for module in (ledger, booking):
             patched.setattr(module, "cut", lambda rows, totals, **options: cut(rows, totals, **{**options, "limit": 0}))
+        patched.setattr(ledger, "few", lambda rows: None)
         large = record(storage, payloads(spark, FIRST, "f1"), settings, True, fresh=True, id_filter=known)
     assert large.accepted.table is None
     again = record(storage, payloads(spark, [line("a", "u1"), line("n")], "f2"), settings, True, id_filter=known)
     assert again.counts == Counts(2, 1, 0, 1)
+
+
+def test_rows_that_arrive_are_the_same_on_the_driver_and_on_the_executors(spark, settings, monkeypatch):
+    lines = payloads(spark, [*SECOND, "broken", "broken"], "f2")
+    unknown = payloads(spark, ["broken"], "f2").withColumn("arrival_time", F.lit(None).cast("timestamp"))
+    arrived = ledger.parsed(lines.unionByName(unknown), settings)
+    few = ledger.arrive(arrived, settings, micro_batch=True)
+    assert few.table is not None
+    monkeypatch.setattr(ledger, "few", lambda rows: None)
+    many = ledger.arrive(arrived, settings, micro_batch=True)
+    assert many.table is None
+    assert few.totals == many.totals
+    assert (few.totals["raw"], few.totals["quarantine"], few.totals["retractions"]) == (11, 4, 2)
+    assert_df_equality(few.rows, many.rows, ignore_row_order=True, ignore_nullable=True)
+    assert len(set(few.table["raw_id"].to_pylist())) == 11
 
 
 def test_an_event_after_its_retraction_is_stored_and_only_makes_its_user_known(spark, settings, storage):

@@ -5,15 +5,21 @@ from __future__ import annotations
 import threading
 import time
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
+import refreshes
 import world
 from deltalake import DeltaTable
 from nightstream.ingest.ledger import check
 from nightstream.runtime.settings import Settings, validate
+from nightstream.serving import commits, handover
 from nightstream.steps import nightly, publish, serve
 from nightstream.store import registry
-from nightstream.store.tables import EVENTS, RECOMMENDATIONS, USER_VECTORS
+from nightstream.store.materialize import Cut
+from nightstream.store.storage import Storage
+from nightstream.store.tables import EVENTS, RECOMMENDATIONS, REFRESHES, USER_VECTORS, arrow_schema
 from states import assert_merged, assert_same, recomputed
 
 LONGEST_WAIT = 400.0  # seconds
@@ -102,6 +108,39 @@ def event(number: int) -> dict:
     if number % 4 == 0 and number < 88:
         return {**told, "user_id": "u000", "item_id": f"i{number // 4:02}"}
     return {**told, "user_id": f"u{number % 44:03}", "item_id": f"i{number * 7 % world.ITEMS:02}"}
+
+
+def committed(spark, model: str, **items: str) -> Cut:
+    """Commits of users with a list of one item each, under that model."""
+    rows = refreshes.rows(((user, 1) for user in items), length=1).to_pylist()
+    for row in rows:
+        row["model_version"], row["items"][0]["item_id"] = model, items[row["user_id"]]
+    return Cut.of(spark, pa.Table.from_pylist(rows, arrow_schema(REFRESHES.schema)), REFRESHES.schema)
+
+
+def test_users_of_another_model_and_holders_of_withdrawn_items_are_behind_as_their_newest_commit_says(spark, settings):
+    storage = Storage(spark, settings.storage)
+    for model, users in {"old": {"a": "i", "b": "i", "c": "i"}, "new": {"d": "i", "e": "gone", "f": "gone"}}.items():
+        commits.merge(storage, committed(spark, model, **users), commits.Layout(1), 1)
+    loaded = SimpleNamespace(withdrawn=lambda: pa.array(["gone", "gone too"]))
+    bundle = SimpleNamespace(model_version="new", load=lambda: loaded)
+
+    def found(pending: list[Cut], most: int = 10) -> list[str] | None:
+        some = handover.some_behind(storage, bundle, pending, most)
+        return None if some is None else sorted(r.user_id for r in some.rows.collect())
+
+    assert found([]) == ["a", "b", "c", "e", "f"]
+    assert len(found([], most=2)) == 2
+    newer = committed(spark, "new", a="i", e="i", g="gone too", h="i")
+    older = committed(spark, "old", h="i", k="i")
+    # Of h both have revision 1, as of two commits of one user only the newer has.
+    older.table = older.table.set_column(1, "revision", pa.array([0, 0], pa.int64()))
+    assert found([older, newer]) == ["b", "c", "f", "g", "k"]
+    # One that would be behind but for its commit leaves room for another one.
+    assert found([committed(spark, "new", a="i", b="i", e="i", f="i")], most=1) == ["c"]
+    rest = committed(spark, "new", **dict.fromkeys("abcef", "i"))
+    assert found([rest]) is None
+    assert found([rest, Cut(committed(spark, "old", z="i").rows, {})]) == []
 
 
 @pytest.mark.faults

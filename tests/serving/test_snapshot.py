@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from datetime import UTC, datetime
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import world
@@ -13,7 +16,9 @@ from nightstream.ingest.ledger import parsed
 from nightstream.runtime import clock
 from nightstream.runtime.settings import validate
 from nightstream.serving import speed_layer
+from nightstream.serving.snapshot import Snapshots
 from nightstream.steps import apply
+from nightstream.store.storage import Storage
 from nightstream.store.tables import ITEM_EMBEDDINGS, RECOMMENDATIONS
 from pyspark.sql import functions as F
 
@@ -94,6 +99,41 @@ def test_the_stream_moves_the_holders_of_withdrawn_items_by_slices_and_the_night
     assert 0 < holding[1] <= holding[0] - 10
     apply.run(spark, settings, ARRIVAL)
     assert set().union(*lists(storage).values()) <= {*STAYING, NEW}
+
+
+def test_a_look_delays_no_micro_batch_and_its_outcome_is_for_the_bundle_that_it_began_with(settings, monkeypatch):
+    stream = settings.stream.model_copy(update={"snapshot_seconds": 1e-9})
+    snapshots = Snapshots(Storage(None, settings.storage), settings.model_copy(update={"stream": stream}))
+    first, second, other = (MagicMock() for _ in range(3))
+    going_on, outcomes = threading.Event(), iter([second, second, None, SourceError("gone")])
+
+    def newer(bundle):
+        going_on.wait()
+        outcome = next(outcomes)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(snapshots, "newer", newer)
+
+    def taken(bundle):
+        while not (outcome := snapshots.take(bundle))[0]:
+            time.sleep(0.001)
+        return outcome[1]
+
+    assert snapshots.take(first) == snapshots.take(first) == (False, None)
+    going_on.set()
+    assert taken(first) is second
+    second.load.assert_called_once()
+    going_on.clear()
+    assert snapshots.take(first) == (False, None)
+    going_on.set()
+    # A start has taken up another one meanwhile: what the look found may be older.
+    assert taken(other) is None
+    assert taken(other) is None
+    with pytest.raises(SourceError):
+        taken(other)
+    snapshots.close()
 
 
 def test_a_source_has_another_fingerprint_when_it_has_changed(spark, tmp_path):

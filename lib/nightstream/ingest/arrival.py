@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
@@ -26,6 +28,20 @@ def totals(retraction_type: str) -> dict[str, Column]:
         "last_arrival": F.max(F.unix_micros("arrival_time")),
         "oldest_event": F.min(F.unix_micros("event_time")),
         "newest_event": F.max(F.unix_micros("event_time")),
+    }
+
+
+def totals_of(rows: pa.Table, retraction_type: str) -> dict[str, int | None]:
+    """The `totals` of rows on the driver; a test compares the two."""
+    arrival, event = (pc.min_max(rows[name].cast(pa.int64())) for name in ("arrival_time", "event_time"))
+    return {
+        "raw": rows.num_rows,
+        "quarantine": rows.num_rows - rows["reason"].null_count,
+        "retractions": pc.sum(pc.equal(rows["event_type"], retraction_type)).as_py() or 0,
+        "first_arrival": arrival["min"].as_py(),
+        "last_arrival": arrival["max"].as_py(),
+        "oldest_event": event["min"].as_py(),
+        "newest_event": event["max"].as_py(),
     }
 
 

@@ -13,15 +13,16 @@ from datetime import datetime
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
+from pyspark.sql import types as T
 
 from nightstream.errors import TableError
 from nightstream.ingest import booking, history, parse, resolve
-from nightstream.ingest.arrival import Arrival, totals
+from nightstream.ingest.arrival import Arrival, totals, totals_of
 from nightstream.ingest.id_filter import IdFilter
 from nightstream.ingest.resolve import Resolution
 from nightstream.runtime.settings import Settings
 from nightstream.store.concurrency import finish
-from nightstream.store.materialize import Cut, cut
+from nightstream.store.materialize import Cut, cut, few
 from nightstream.store.storage import Storage
 from nightstream.store.tables import DUPLICATES, EVENTS, QUARANTINE, RAW_EVENTS
 
@@ -89,11 +90,13 @@ def arrive(arrived: DataFrame, settings: Settings, micro_batch: bool = False) ->
         settings: those that they were parsed under.
         micro_batch: the rows are those of a stream, few or many; the few are on the driver.
     """
-    wanted = totals(settings.events.retraction_type)
-    if not micro_batch:
-        # A batch source is large: to try it on the driver first would read it twice.
-        return cut(parse.raw_rows(arrived), wanted, limit=0)
-    return cut(parse.raw_rows(arrived), wanted)
+    retraction_type = settings.events.retraction_type
+    # A batch source is large: to try it on the driver first would read it twice.
+    table = few(arrived) if micro_batch else None
+    if table is None:
+        return cut(parse.raw_rows(arrived), totals(retraction_type), limit=0)
+    schema = T.StructType([RAW_EVENTS.schema["raw_id"], *arrived.schema.fields])
+    return Cut.of(arrived.sparkSession, parse.raw_table(table), schema, totals_of(table, retraction_type))
 
 
 def book(

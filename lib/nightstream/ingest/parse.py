@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
@@ -47,6 +51,25 @@ def raw_rows(payloads: DataFrame) -> DataFrame:
     rows = rows.withColumn("position", F.concat("position", F.lit("#"), "_digest", F.lit("-"), "_ordinal"))
     raw_id = F.substring(F.sha2(F.concat_ws(_SEPARATOR, "source", "position"), 256), 1, 32)
     return rows.select(raw_id.alias("raw_id"), *payloads.columns)
+
+
+def raw_table(parsed: pa.Table) -> pa.Table:
+    """`raw_rows` of rows of `parse` that are on the driver; a test compares the two."""
+    columns = (parsed[name].to_pylist() for name in ("source", "position", "payload", "payload_bytes"))
+    rows = list(zip(*columns, strict=True))
+    positions, raw_ids = [""] * len(rows), [""] * len(rows)
+    met: Counter[tuple[str, str, str]] = Counter()
+    for place in pc.array_sort_indices(parsed["arrival_time"], null_placement="at_start").to_pylist():
+        source, position, text, content = rows[place]
+        digest = hashlib.sha256(text.encode() if content is None else content).hexdigest()[:16]
+        met[source, position, digest] += 1
+        positions[place] = f"{position}#{digest}-{met[source, position, digest]}"
+        named = _SEPARATOR.join((source, positions[place]))
+        raw_ids[place] = hashlib.sha256(named.encode()).hexdigest()[:32]
+    numbered = parsed.set_column(
+        parsed.schema.get_field_index("position"), "position", pa.array(positions, pa.string())
+    )
+    return numbered.add_column(0, "raw_id", pa.array(raw_ids, pa.string()))
 
 
 def parse(

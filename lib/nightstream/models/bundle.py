@@ -76,9 +76,9 @@ class Loaded:
         catalogue, item_ids = decode_catalogue(bundle.catalogue)
         return cls(from_artifacts(files), statistics, catalogue, item_ids)
 
-    def withdrawn(self) -> pa.Table:
-        """item_id of the items that are not to be recommended."""
-        return pa.table({"item_id": self.item_ids.filter(pa.array(~self.catalogue.available))})
+    def withdrawn(self) -> pa.Array:
+        """item_id (string [W]) of the items that are not to be recommended."""
+        return self.item_ids.filter(pa.array(~self.catalogue.available))
 
 
 def encode_catalogue(table: pa.Table) -> bytes:

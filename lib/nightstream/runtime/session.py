@@ -26,6 +26,7 @@ DEFAULT_CONNECT_PORT = 15002
 SUPPORTED_JAVA = (17, 21)
 _WANTED = "install Java 17 or 21 (on Debian: apt-get install openjdk-17-jre-headless) and set JAVA_HOME to it"
 _EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
+_CHECKPOINTS = "org.apache.spark.sql.execution.streaming.checkpointing.FileSystemBasedCheckpointFileManager"
 _GATEWAY = ("PYSPARK_GATEWAY_PORT", "PYSPARK_GATEWAY_SECRET")
 # What spark-submit notes about itself; a JVM started anew finds its own values.
 _OF_THE_LAUNCH = ("spark.submit.", "spark.app.", "spark.driver.host", "spark.driver.port", "spark.repl.")
@@ -145,6 +146,9 @@ def _own(settings: SparkSettings, master: str) -> dict[str, str]:
     }
     if master.startswith("local"):
         configuration |= {"spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1"}
+        # By default Hadoop starts ten processes (chmod, readlink) for each file of a local checkpoint, and a micro-batch
+        # writes three. This one renames a finished file, too, which in a local folder is atomic.
+        configuration["spark.sql.streaming.checkpointFileManagerClass"] = _CHECKPOINTS
     if settings.packages:
         configuration["spark.jars.packages"] = ",".join(settings.packages)
     log4j = files("nightstream.runtime") / "log4j2.properties"

@@ -238,19 +238,6 @@ def newest_committed(storage: Storage, commits: Sequence[Cut]) -> Cut:
     return Cut(newest([each.rows for each in commits]), {})
 
 
-def holders(storage: Storage, commits: Sequence[Cut], items: DataFrame) -> DataFrame:
-    """user_id of those whose newest list holds one of the items (column item_id), repetitions included.
-
-    commits: those that RECOMMENDATIONS may lack, from before it is read.
-    """
-    lists = storage.read(RECOMMENDATIONS).select("user_id", "item_id")
-    if commits:
-        newer = newest_committed(storage, commits).rows
-        others = lists.join(F.broadcast(newer.select("user_id")), "user_id", "left_anti")
-        lists = others.unionByName(newer.select("user_id", F.explode("items.item_id").alias("item_id")))
-    return lists.join(F.broadcast(items), "item_id", "left_semi").select("user_id")
-
-
 def state_rows(rows: pa.Table, count: int) -> pa.Table:
     """Committed rows -> USER_VECTORS rows. count: of the table's buckets."""
     return _with_bucket(rows, count).select(USER_VECTORS.schema.names)

@@ -4,38 +4,63 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pyspark.sql import functions as F
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyspark.sql import types as T
 
+from nightstream.models.arrow import combined
 from nightstream.models.bundle import Bundle
-from nightstream.serving import commits
-from nightstream.store.materialize import Cut, cut
+from nightstream.serving.commits import newest_rows
+from nightstream.store.materialize import Cut
 from nightstream.store.storage import Storage
-from nightstream.store.tables import USER_VECTORS
+from nightstream.store.tables import RECOMMENDATIONS, USER_VECTORS
+
+_USERS = T.StructType([T.StructField("user_id", T.StringType())])
+_NOBODY = pa.array([], pa.string())
+_ITEMS_PER_QUERY = 5_000
 
 
 def some_behind(storage: Storage, bundle: Bundle, pending: Sequence[Cut], most: int) -> Cut | None:
     """Some user_id whose newest row is under another model than the bundle's, or whose newest list holds a withdrawn
     item; None when there is nobody.
 
+    A commit of so many users that it is not on the driver is looked at when it is merged. Until then users that it is
+    about may be given needlessly, and where there is nobody else, no rows are given instead of None.
+
     Args:
         storage: the tables.
         bundle: the model that serves, with its catalogue.
-        pending: commits that the serving tables may lack, in the order of their commits.
+        pending: commits that the serving tables may lack, in the order of their commits; from before this is called.
         most: how many users at most.
 
     Returns:
-        The rows, total `users`.
+        The rows, distinct.
     """
-    columns = ("user_id", "revision", "model_version")
-    table = storage.read(USER_VECTORS)
-    known = table
-    if pending:
-        newer = commits.newest_committed(storage, pending).rows
-        known = commits.newest([table.select(*columns), newer.select(*columns)])
-    behind = known.where(F.col("model_version") != bundle.model_version).select("user_id")
-    withdrawn = bundle.load().withdrawn()
-    if withdrawn.num_rows:
-        items = storage.spark.createDataFrame(withdrawn)
-        behind = behind.unionByName(commits.holders(storage, pending, items)).distinct()
-    some = cut(behind.limit(most), {"users": F.count("user_id")})
-    return some if some.totals["users"] else None
+    tables = [each.table for each in pending if each.table is not None]
+    newer = newest_rows(tables) if tables else None
+    # What the tables say of these is no longer true.
+    outdated = _NOBODY if newer is None else combined(newer["user_id"])
+    model, withdrawn = bundle.model_version, bundle.load().withdrawn()
+    wanted = most + len(outdated)
+    named = "SELECT user_id FROM {user_vectors} WHERE model_version <> :model LIMIT :wanted"
+    parts = [storage.query(named, USER_VECTORS, model=model, wanted=wanted)["user_id"]]
+    for start in range(0, len(withdrawn), _ITEMS_PER_QUERY):
+        items = withdrawn.slice(start, _ITEMS_PER_QUERY).to_pylist()
+        held = "SELECT DISTINCT user_id FROM {recommendations} WHERE item_id IN (:items) LIMIT :wanted"
+        parts.append(storage.query(held, RECOMMENDATIONS, items=items, wanted=wanted)["user_id"])
+    behind = combined(pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string()))
+    behind = behind.filter(pc.invert(pc.is_in(behind, value_set=outdated)))
+    if newer is not None:
+        behind = pa.concat_arrays([behind, _behind(newer, model, withdrawn)])
+    users = pc.unique(behind).slice(0, most)
+    if not len(users) and len(tables) == len(pending):
+        return None
+    return Cut.of(storage.spark, pa.table({"user_id": users}), _USERS)
+
+
+def _behind(committed: pa.Table, model: str, withdrawn: pa.Array) -> pa.Array:
+    """As `some_behind`, of committed rows, one per user."""
+    users, lists = combined(committed["user_id"]), combined(committed["items"])
+    others = users.filter(pc.not_equal(combined(committed["model_version"]), model))
+    listed = pc.is_in(pc.list_flatten(lists).field("item_id"), value_set=withdrawn)
+    return pa.concat_arrays([others, users.take(pc.list_parent_indices(lists).filter(listed))])

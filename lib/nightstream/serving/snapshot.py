@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from nightstream.ingest.dimensions import ItemsSource
 from nightstream.models.bundle import Bundle
@@ -17,10 +18,11 @@ log = logging.getLogger(__name__)
 
 
 class Snapshots:
-    """Looks at the items source and at the tables models and items, when `is_due` says so.
+    """Looks at the items source and at the tables models and items, every `stream.snapshot_seconds`.
 
-    The night may merge the items source at the same time: both write the same rows, and a MERGE that meets the other
-    is tried again.
+    It looks while micro-batches run, so that none waits for it; where the setting is 0, each micro-batch waits. The
+    night may merge the items source at the same time: both write the same rows, and a MERGE that meets the other is
+    tried again.
     """
 
     def __init__(self, storage: Storage, settings: Settings) -> None:
@@ -28,17 +30,42 @@ class Snapshots:
         self._items_source = ItemsSource(storage, settings)
         self._seen_commits: tuple[int | None, int | None] | None = None
         self._looked_at = time.monotonic()
+        self._pool = ThreadPoolExecutor(1, "snapshot")
+        self._look: Future[Bundle | None] | None = None
+        self._asked_for: Bundle | None = None
 
     def first(self) -> Bundle:
         """The published model with its catalogue as it is. Raises TableError where none is published."""
         return catalogue.load_bundle(self.storage, registry.published(self.storage).model_version)
 
-    def is_due(self) -> bool:
-        """Whether it is time to look, which it is every `stream.snapshot_seconds` at most."""
-        if time.monotonic() - self._looked_at < self.settings.stream.snapshot_seconds:
-            return False
-        self._looked_at = time.monotonic()
-        return True
+    def take(self, bundle: Bundle) -> tuple[bool, Bundle | None]:
+        """Whether a look has ended since the last call, and what it found, see `newer`. Begins one where it is time.
+
+        Raises what the look has met.
+        """
+        waits = self.settings.stream.snapshot_seconds
+        if self._look is None and time.monotonic() - self._looked_at >= waits:
+            self._asked_for = bundle
+            self._look = self._pool.submit(self._newer_at_hand, bundle)
+        if self._look is None or (waits and not self._look.done()):
+            return False, None
+        look, self._look, self._looked_at = self._look, None, time.monotonic()
+        newer = look.result()
+        if self._asked_for is not bundle:
+            # Another one serves since, from which to a later look may have to lead.
+            self._seen_commits = None
+            return True, None
+        return True, newer
+
+    def close(self) -> None:
+        """Look no more, and wait for the look that runs."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _newer_at_hand(self, bundle: Bundle) -> Bundle | None:
+        newer = self.newer(bundle)
+        if newer is not None:
+            newer.load()
+        return newer
 
     def newer(self, bundle: Bundle) -> Bundle | None:
         """What should serve from now on instead of `bundle`; None where that is up to date.

@@ -160,9 +160,9 @@ class SpeedLayer:
         log.info("handed over", extra={"users": refreshed.totals["users"], "model_version": self.bundle.model_version})
 
     def _take_up_snapshots(self) -> None:
-        if not self.snapshots.is_due():
+        has_looked, newer = self.snapshots.take(self.bundle)
+        if not has_looked:
             return
-        newer = self.snapshots.newer(self.bundle)
         if newer is not None:
             self.bundle, self._some_behind = newer, True
         self.state_cache.look_again()
@@ -187,6 +187,7 @@ class SpeedLayer:
     def close(self) -> None:
         """End what runs in the background, and delete its files."""
         self.background_merge.close()
+        self.snapshots.close()
         self.state_cache.close()
         self.driver.close()
 

@@ -143,6 +143,12 @@ def cut(
     return Cut(kept, {name: row[name] for name in totals})
 
 
+def few(rows: DataFrame, limit: int = LOCAL_ROWS) -> pa.Table | None:
+    """The rows, in one job of one task; None where they are more than `limit`, or too many bytes for the driver."""
+    table = _on_driver(rows.coalesce(1).limit(limit + 1))
+    return table if table is not None and table.num_rows <= limit else None
+
+
 def _on_driver(rows: DataFrame) -> pa.Table | None:
     """The rows; None where they are too many bytes for the driver."""
     try:
