@@ -16,6 +16,8 @@ from pyspark.sql import functions as F
 AT = datetime(2024, 5, 1, tzinfo=UTC)
 TABLES = (USER_VECTORS, RECOMMENDATIONS)
 USERS = [f"u{n}" for n in range(64)]
+# In the bucket of u1, of four.
+NEW = "new0"
 
 
 def merged(storage, number, lists, layout, on_driver=True):
@@ -53,7 +55,7 @@ def few_users(monkeypatch):
 
 
 def test_buckets_follow_the_users():
-    counts = {0: 1, 943: 1, 262_143: 1, 262_144: 2048, 524_287: 2048, 10**6: 4096, 10**9: 8192}
+    counts = {0: 1, 943: 1, 32_767: 1, 32_768: 256, 65_535: 256, 10**5: 512, 10**6: 4096, 10**9: 8192}
     assert {users: buckets.wanted(users) for users in counts} == counts
 
 
@@ -68,6 +70,7 @@ def test_spark_and_python_agree_on_the_bucket(spark):
 @pytest.mark.slow
 @pytest.mark.parametrize("on_driver", [True, False])
 def test_a_merge_into_buckets_leaves_other_files_alone_and_loses_nothing(storage, few_users, on_driver):
+    assert buckets.bucket_of(NEW, 4) == buckets.bucket_of("u1", 4)
     merged(storage, 0, {user: (1, ["a", "b"]) for user in USERS}, Layout(2))
     before = held(storage)
     commits.spread(storage, len(USERS), 1)
@@ -81,9 +84,9 @@ def test_a_merge_into_buckets_leaves_other_files_alone_and_loses_nothing(storage
     commits.spread(storage, len(USERS), 1)
     assert [storage.version(spec) for spec in TABLES] == versions
 
-    merged(storage, 1, {"u1": (2, ["c"]), "new": (1, ["d", "e"])}, layout, on_driver)
+    merged(storage, 1, {"u1": (2, ["c"]), NEW: (1, ["d", "e"])}, layout, on_driver)
     kept = [row for row in before if row[0] != "u1"]
-    assert held(storage) == sorted([*kept, ("u1", 1, "c", 2), ("new", 1, "d", 1), ("new", 2, "e", 1)])
+    assert held(storage) == sorted([*kept, ("u1", 1, "c", 2), (NEW, 1, "d", 1), (NEW, 2, "e", 1)])
     for spec in TABLES:
         after = files(storage, spec)
         for file, users in laid[spec.name].items():
@@ -91,7 +94,7 @@ def test_a_merge_into_buckets_leaves_other_files_alone_and_loses_nothing(storage
         # The same for readers without Spark.
         rows = DeltaTable(storage.location(spec)).to_pyarrow_table(columns=["user_id", "bucket"])
         assert {(u, b) for u, b in zip(*rows.to_pydict().values(), strict=True)} == {
-            (u, buckets.bucket_of(u, 4)) for u in (*USERS, "new")
+            (u, buckets.bucket_of(u, 4)) for u in (*USERS, NEW)
         }
     # A smaller table goes back into one piece.
     now = held(storage)

@@ -13,23 +13,24 @@ from chispa import assert_df_equality
 from deltalake import DeltaTable
 from nightstream.errors import SettingsError, TableError
 from nightstream.runtime.settings import load
+from nightstream.store import buckets
 from nightstream.store.materialize import Cut
-from nightstream.store.merge import Merge, When
+from nightstream.store.merge import Replacement
 from nightstream.store.storage import Storage
-from nightstream.store.tables import EVENTS, METRICS, RECOMMENDATIONS, REFRESHES, TableSpec, arrow_schema
+from nightstream.store.tables import (
+    EVENTS,
+    METRICS,
+    RECOMMENDATIONS,
+    REFRESHES,
+    USER_VECTORS,
+    TableSpec,
+    arrow_schema,
+)
 
 AT = datetime(2024, 5, 1, 12, 0, 0, 123456, tzinfo=UTC)
 BASE = Path(__file__).parents[2] / "conf" / "base.yaml"
 ENGINES = ("spark", "delta-rs")
-NEWER = "s.revision > t.revision"
-LISTS = Merge(
-    "t.user_id = s.user_id AND t.rank = s.rank",
-    (
-        When("delete", f"{NEWER} AND s.item_id IS NULL"),
-        When("update", NEWER),
-        When("insert", "s.item_id IS NOT NULL"),
-    ),
-)
+STATES, LISTS = Replacement(("user_id",)), Replacement(("user_id", "rank"), absent="item_id")
 
 
 def rows(spark, spec: TableSpec, *values: dict) -> Cut:
@@ -83,7 +84,7 @@ def test_the_same_calls_give_the_same_tables(storages, spark):
             ranked(spark, "w", 1, "new", None),
             ranked(spark, "u", 2, "d", None, "e", None),
         ):
-            storage.merge(RECOMMENDATIONS, source, LISTS)
+            storage.replace(RECOMMENDATIONS, source, LISTS, None)
         storage.append(REFRESHES, refreshed(spark, "u", 1))
         storage.append_values(METRICS, [("name", 1.5, None, {"a": "b"}, AT), ("other", 2.5, "m", {}, AT)])
         assert writers(storage, RECOMMENDATIONS) == writers(storage, REFRESHES) == {engine}
@@ -96,6 +97,64 @@ def test_the_same_calls_give_the_same_tables(storages, spark):
     # Maps have no order, and chispa sorts.
     labels = [storage.read(METRICS).select("name", "value", "labels", "at") for storage in storages.values()]
     assert sorted(map(str, labels[0].collect())) == sorted(map(str, labels[1].collect()))
+
+
+def bucketed(spark, spec: TableSpec, made: Cut) -> Cut:
+    table = made.table
+    numbers = pa.array([buckets.bucket_of(user, 4) for user in table["user_id"].to_pylist()], pa.int32())
+    place = table.schema.get_field_index("bucket")
+    return Cut.of(spark, table.set_column(place, "bucket", numbers), spec.schema)
+
+
+def state(spark, user: str, revision: int) -> Cut:
+    event = {"event_id": user, "content_hash": "c", "item_id": f"i{revision}", "event_type": "view", "event_time": AT}
+    values = {"user_id": user, "revision": revision, "window": [event], "seen": [], "vector": [0.1, revision]}
+    return rows(spark, USER_VECTORS, values | {"seen_overflowed": False, "refreshed_at": AT})
+
+
+def together(spark, spec: TableSpec, *parts: Cut) -> Cut:
+    return bucketed(spark, spec, Cut.of(spark, pa.concat_tables([part.table for part in parts]), spec.schema))
+
+
+def test_newer_rows_replace_those_of_their_users_in_buckets_alike(storages, spark):
+    users = [f"u{number}" for number in range(12)]
+    for storage in storages.values():
+        before = together(spark, RECOMMENDATIONS, *(ranked(spark, user, 2, "a", "b", "c") for user in users))
+        buckets.lay_out(storage, RECOMMENDATIONS, before.rows, 4)
+        before = together(spark, USER_VECTORS, *(state(spark, user, 2) for user in users))
+        buckets.lay_out(storage, USER_VECTORS, before.rows, 4)
+        lists = together(
+            spark,
+            RECOMMENDATIONS,
+            ranked(spark, "u1", 3, "d", None, None),
+            ranked(spark, "u2", 2, "same", "same", "same"),
+            ranked(spark, "u3", 1, "too", "old", "now"),
+            ranked(spark, "new", 1, "e", None, None),
+        )
+        states = together(spark, USER_VECTORS, *(state(spark, u, r) for u, r in (("u1", 3), ("u3", 1), ("new", 1))))
+        for made, spec, how in ((lists, RECOMMENDATIONS, LISTS), (states, USER_VECTORS, STATES)):
+            touched = buckets.touched(4, made.table["user_id"])
+            assert 0 < len(touched) < 4
+            others = {uri for uri in DeltaTable(storage.location(spec)).file_uris() if not in_any(uri, touched)}
+            for _ in range(2):
+                storage.replace(spec, made, how, touched)
+            assert others <= set(DeltaTable(storage.location(spec)).file_uris())
+    by_spark, by_delta_rs = (storages[engine] for engine in ENGINES)
+    assert writers(by_delta_rs, USER_VECTORS) == {"spark", "delta-rs"}
+    for spec in (RECOMMENDATIONS, USER_VECTORS):
+        assert_df_equality(by_spark.read(spec), by_delta_rs.read(spec), ignore_row_order=True)
+    found = {(r.user_id, r.revision, r.window[0].item_id) for r in by_delta_rs.read(USER_VECTORS).collect()}
+    assert found == {(user, 2, "i2") for user in users if user != "u1"} | {("u1", 3, "i3"), ("new", 1, "i1")}
+    of_some = by_delta_rs.read(RECOMMENDATIONS).where("user_id IN ('u1', 'u2', 'u3', 'new')").collect()
+    kept = {(user, n + 1, item, 2) for user in ("u2", "u3") for n, item in enumerate("abc")}
+    assert {(r.user_id, r.rank, r.item_id, r.revision) for r in of_some} == kept | {
+        ("u1", 1, "d", 3),
+        ("new", 1, "e", 1),
+    }
+
+
+def in_any(uri: str, numbers: list[int]) -> bool:
+    return any(f"/bucket={number}/" in uri for number in numbers)
 
 
 def test_the_tables_are_described_the_same(storages, spark):

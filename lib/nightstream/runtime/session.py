@@ -146,8 +146,8 @@ def _own(settings: SparkSettings, master: str) -> dict[str, str]:
     }
     if master.startswith("local"):
         configuration |= {"spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1"}
-        # By default Hadoop starts ten processes (chmod, readlink) for each file of a local checkpoint, and a micro-batch
-        # writes three. This one renames a finished file, too, which in a local folder is atomic.
+        # By default Hadoop starts ten processes (chmod, readlink) for each file of a local checkpoint, and a
+        # micro-batch writes three. This one renames a finished file, too, which in a local folder is atomic.
         configuration["spark.sql.streaming.checkpointFileManagerClass"] = _CHECKPOINTS
     if settings.packages:
         configuration["spark.jars.packages"] = ",".join(settings.packages)

@@ -23,7 +23,7 @@ from nightstream.reading import CLOCK_SKEW
 from nightstream.serving.user_state import last_of_runs
 from nightstream.store import buckets
 from nightstream.store.materialize import Cut, cut
-from nightstream.store.merge import Merge, When
+from nightstream.store.merge import Merge, Replacement, When
 from nightstream.store.storage import Storage
 from nightstream.store.tables import (
     RECOMMENDATIONS,
@@ -34,7 +34,7 @@ from nightstream.store.tables import (
     arrow_schema,
 )
 
-_NEWER = "s.revision > t.revision"
+_STATES, _LISTS = Replacement(("user_id",)), Replacement(("user_id", "rank"), absent="item_id")
 OF_THE_USER = ("user_id", "revision", "model_version", "catalogue_version", "as_of", "refreshed_at", "bucket")
 _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 # Whose newest row one of the serving tables lacks. A user with an empty list is always among them.
@@ -273,21 +273,13 @@ def _with_bucket(rows: pa.Table, count: int) -> pa.Table:
 
 def _merge_states(storage: Storage, rows: Cut, layout: Layout) -> None:
     source = rows.mapped(partial(state_rows, count=layout.vectors), USER_VECTORS.schema)
-    on = f"{_touched(rows, layout.vectors)} AND t.user_id = s.user_id"
-    storage.merge(USER_VECTORS, source, Merge(on, (When("update", _NEWER), When("insert"))))
+    storage.replace(USER_VECTORS, source, _STATES, buckets.touched(layout.vectors, _users(rows)))
 
 
 def _merge_lists(storage: Storage, rows: Cut, layout: Layout) -> None:
     source = rows.mapped(partial(list_rows, width=layout.width, count=layout.lists), RECOMMENDATIONS.schema)
-    on = f"{_touched(rows, layout.lists)} AND t.user_id = s.user_id AND t.rank = s.rank"
-    clauses = (
-        When("delete", f"{_NEWER} AND s.item_id IS NULL"),
-        When("update", _NEWER),
-        When("insert", "s.item_id IS NOT NULL"),
-    )
-    storage.merge(RECOMMENDATIONS, source, Merge(on, clauses))
+    storage.replace(RECOMMENDATIONS, source, _LISTS, buckets.touched(layout.lists, _users(rows)))
 
 
-def _touched(rows: Cut, count: int) -> str:
-    """The condition that lets a MERGE skip files. count: of the table's buckets."""
-    return buckets.condition(count, None if rows.table is None else rows.table["user_id"])
+def _users(rows: Cut) -> pa.ChunkedArray | None:
+    return None if rows.table is None else rows.table["user_id"]

@@ -15,11 +15,11 @@ from nightstream.store.tables import TableSpec
 
 log = logging.getLogger(__name__)
 
-# A file more costs a MERGE about as much as copying so many users.
+# A file more costs about as much as copying so many users.
 USERS_PER_BUCKET = 128
-# Smaller tables stay whole: copying all of one takes a MERGE hardly longer than opening and closing a file for each of
-# some hundred users, and a MERGE about many users touches all buckets.
-FEWEST_BUCKETS, MOST_BUCKETS = 2048, 8192
+# Smaller tables stay whole: copying all of one takes hardly longer than opening and closing a file for each of some
+# hundred users, and what is about many users touches all buckets.
+FEWEST_BUCKETS, MOST_BUCKETS = 256, 8192
 
 
 def wanted(users: int) -> int:
@@ -47,16 +47,12 @@ def bucket(user_id: Column, buckets: int) -> Column:
     return (F.lit(buckets) + F.crc32(user_id.cast("binary")) % F.lit(buckets)).cast("int")
 
 
-def condition(buckets: int, users: pa.ChunkedArray | None) -> str:
-    """The part of a MERGE's condition (target t, source s) that lets it skip files. users: those in the source, where
-    they are on the driver; without them a MERGE looks through all files, and copies those that it must."""
+def touched(buckets: int, users: pa.ChunkedArray | None) -> list[int] | None:
+    """The buckets that some users are in, for Storage.replace: None where the table has one, empty for users that are
+    not on the driver."""
     if buckets == 1:
-        return "true"
-    same = "t.bucket = s.bucket"
-    if users is None:
-        return same
-    touched = sorted({bucket_of(user, buckets) for user in users.to_pylist()})
-    return f"{same} AND t.bucket IN ({', '.join(map(str, touched))})" if touched else same
+        return None
+    return [] if users is None else sorted({bucket_of(user, buckets) for user in users.to_pylist()})
 
 
 def spread(storage: Storage, spec: TableSpec, users: int) -> None:

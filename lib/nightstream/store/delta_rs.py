@@ -13,7 +13,7 @@ from deltalake.exceptions import CommitFailedError, TableNotFoundError
 
 from nightstream.errors import TableError, WriterBusyError
 from nightstream.store.fence import APPLICATION, Fence
-from nightstream.store.merge import Action, Merge
+from nightstream.store.merge import Action, Merge, Replacement, in_buckets
 from nightstream.store.sql_text import Value, for_datafusion
 from nightstream.store.tables import TableSpec, arrow_schema
 
@@ -75,6 +75,43 @@ class DeltaRs:
         def run(table: DeltaTable, how: CommitProperties) -> None:
             builder = table.merge(rows, merge.on, source_alias="s", target_alias="t", commit_properties=how)
             merge.add_to(builder, _CLAUSES).execute()
+
+        self._commit(spec, fence, run)
+
+    def replace(
+        self,
+        spec: TableSpec,
+        rows: pa.Table,
+        replacement: Replacement,
+        buckets: Sequence[int],
+        fence: Fence | None = None,
+    ) -> None:
+        """Put rows in the place of older ones of their users, in one commit, by writing these buckets anew.
+
+        delta-rs's MERGE of nested columns into many files takes time and memory out of all proportion: 2,000 states in
+        1,024 buckets took 53 s and over 10 GB, and 5 s this way.
+
+        Args:
+            spec: a table that is partitioned by buckets.
+            rows: with its columns.
+            replacement: which rows are the same.
+            buckets: all that the rows are in.
+            fence: of the writer.
+
+        Raises:
+            CommitFailedError: a concurrent writer got ahead.
+            WriterBusyError: the fence is behind.
+        """
+        within, kinds = in_buckets(buckets), arrow_schema(spec.schema)
+
+        def run(table: DeltaTable, how: CommitProperties) -> None:
+            columns = ", ".join(map(_quoted, spec.schema.names))
+            found = (
+                QueryBuilder().register(spec.name, table).execute(f"SELECT {columns} FROM {spec.name} WHERE {within}")
+            )
+            held = plain(pa.table(found.read_all())).cast(kinds)
+            after = replacement.applied(held, rows.select(spec.schema.names).cast(kinds))
+            write_deltalake(table, after, mode="overwrite", predicate=within, commit_properties=how)
 
         self._commit(spec, fence, run)
 

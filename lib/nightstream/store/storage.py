@@ -10,7 +10,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,7 +37,7 @@ from nightstream.store.delta_rs import TAKEN_OVER, DeltaRs
 from nightstream.store.delta_sql import SqlTable
 from nightstream.store.fence import APPLICATION, Fence
 from nightstream.store.materialize import Cut
-from nightstream.store.merge import Action, Merge
+from nightstream.store.merge import Action, Merge, Replacement
 from nightstream.store.tables import FENCED, TableSpec, arrow_table
 
 log = logging.getLogger(__name__)
@@ -210,6 +210,29 @@ class Storage:
                 return
             target = self.table(spec) if fence is None else self._fenced(spec, fence)
             merge.add_to(target.alias("t").merge(_frame(rows).alias("s"), merge.on), _CLAUSES).execute()
+
+    def replace(
+        self, spec: TableSpec, rows: DataFrame | Cut, replacement: Replacement, buckets: Sequence[int] | None
+    ) -> None:
+        """Put rows in the place of older ones of their users, in one commit.
+
+        Args:
+            spec: the table.
+            rows: with its columns.
+            replacement: which rows are the same.
+            buckets: see Replacement.as_merge.
+
+        Raises:
+            CONFLICTS: a concurrent writer got ahead.
+            WriterBusyError: another process has taken the tables over.
+        """
+        table = rows.table if isinstance(rows, Cut) else None
+        if self.writer is None or table is None or not buckets or not spec.is_nested:
+            self.merge(spec, rows, replacement.as_merge(buckets))
+            return
+        self.create(spec)
+        with self._write(spec) as fence:
+            self.writer.replace(spec, table, replacement, buckets, fence)
 
     def seal(self, *specs: TableSpec) -> None:
         """Let each table, made where it is missing, know the epoch of the fence: older ones can write it no more."""
