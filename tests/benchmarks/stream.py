@@ -1,12 +1,12 @@
-"""How soon the stream shows what arrived, as ratios to the bare writes that it stands on.
+"""How soon the stream shows what arrived, as ratios to the bare work that it stands on.
 
     python tests/benchmarks/stream.py --json out/stream.json
 
 The real streaming query runs over files of made-up events, on tables of 100,000 users and 20,000 items, then of ten
 times as many users. One micro-batch at a time: from the file's appearance to the commit (visible) and to the end of
-both MERGEs (merged), against an append and two MERGEs of the same rows into copies of the tables, in turn with it.
-Then files arrive at a rate that is doubled until the delay grows, and at last as many micro-batches run back to back as
-an hour brings at one every ten seconds, while memory is watched.
+both MERGEs (merged), in turn with a bare query whose micro-batches only collect their rows, and with an append and two
+MERGEs of the same rows into copies of the tables. Then files arrive at a rate that is doubled until the delay grows,
+and at last as many micro-batches run back to back as an hour brings at one every ten seconds, while memory is watched.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import logging
 import os
 import statistics
 import time
+from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -28,7 +29,7 @@ from nightstream.files import write_atomically
 from nightstream.runtime import console, logs, session, settings
 from pyspark.sql import SparkSession
 from rich.table import Table
-from stream_clock import Bare, Sample, Stream
+from stream_clock import Bare, Collecting, Sample, Stream, start_seconds
 from stream_world import BASE, enlarged, small
 
 EVENTS, USERS_PER_BATCH = 500, 200
@@ -39,19 +40,19 @@ FLAT = 0.1  # growth of memory, from the second tenth of the micro-batches to th
 
 
 def medians(samples: list[Sample]) -> dict[str, float]:
-    return {
-        name: statistics.median(getattr(s, name) for s in samples) for name in ("visible", "merged", "append", "merges")
-    }
+    return {f.name: statistics.median(getattr(s, f.name) for s in samples) for f in fields(Sample)}
 
 
-def measured(stream: Stream, bare: Bare, events: int, users: int, batches: int, label: str) -> dict[str, float]:
+def measured(
+    stream: Stream, bare: Bare, collecting: Collecting, events: int, users: int, batches: int, label: str
+) -> dict[str, float]:
     """Medians over the micro-batches after some that warm everything up."""
     samples = []
     for number in range(WARM + batches):
-        sample = stream.sample(events, users, bare)
+        sample = stream.sample(events, users, bare, collecting)
         place = f"{number + 1 - WARM}/{batches}" if number >= WARM else "(warming up)"
         console.say(
-            f"{label} {place}: visible {sample.visible:.2f} s (append {sample.append:.2f}), "
+            f"{label} {place}: visible {sample.visible:.2f} s (bare {sample.bare:.2f}, append {sample.append:.2f}), "
             f"merged {sample.merged:.2f} s (MERGEs {sample.merges:.2f})"
         )
         samples.append(sample)
@@ -60,19 +61,19 @@ def measured(stream: Stream, bare: Bare, events: int, users: int, batches: int, 
     return found
 
 
-def sustained(stream: Stream, seconds: float, first_rate: int) -> dict[str, float]:
-    """The highest rate of those tried, each twice the one before, at which the delay does not grow."""
-    best: dict[str, float] = {}
+def sustained(stream: Stream, seconds: float, first_rate: int) -> list[dict[str, float]]:
+    """Delays at rates each of which is twice the one before; at the last one the delay grows."""
+    rates: list[dict[str, float]] = []
     rate = first_rate
     while True:
-        found = at_rate(stream, rate, seconds)
+        found = {"rate": float(rate), **at_rate(stream, rate, seconds)}
+        rates.append(found)
         console.say(
             f"{rate} events/s: p50 {found['p50']:.2f} s, p95 {found['p95']:.2f} s, p99 {found['p99']:.2f} s, "
             f"delay grows by {found['slope']:.3f} s/s"
         )
         if found["slope"] > GROWING:
-            return best
-        best = {**found, "rate": rate}
+            return rates
         rate *= 2
 
 
@@ -131,30 +132,53 @@ def growth(tenths: list[dict[str, int]]) -> float:
 
 
 def run(
-    spark: SparkSession, folder: Path, users: int, items: int, batches: int, seconds: float, grown: int, hour: int
+    spark: SparkSession,
+    folder: Path,
+    engine: str,
+    users: int,
+    items: int,
+    batches: int,
+    seconds: float,
+    grown: int,
+    hour: int,
 ) -> dict[str, Any]:
     """All measurements; `grown` times as many users in the second part, and events per micro-batch."""
     console.say(f"a model over {items:,} items; tables of {users:,} users")
-    origin = small(spark, folder / "small", items)
+    origin = small(spark, folder / "small", items, engine)
     own = enlarged(spark, origin, folder / "own", users)
+    stream = Stream(spark, own, users, items, 2)
+    start, first = start_seconds(stream)
+    console.say(f"nightstream serve took its first event after {start:.1f} s, visible after {first:.1f} s")
     bare = Bare(spark, own, folder / "bare")
-    with Stream(spark, own, users, items, 2).running() as stream:
-        plain = measured(stream, bare, EVENTS, USERS_PER_BATCH, batches, "micro-batch")
-        more = measured(stream, bare, grown * EVENTS, grown * USERS_PER_BATCH, batches, f"{grown} x events")
-        steady = sustained(stream, seconds, 50)
+    with Collecting(spark, own, folder / "collecting") as collecting, stream.running():
+        plain = measured(stream, bare, collecting, EVENTS, USERS_PER_BATCH, batches, "micro-batch")
+        more = measured(stream, bare, collecting, grown * EVENTS, grown * USERS_PER_BATCH, batches, f"{grown} x events")
+    with stream.running():
+        rates = sustained(stream, seconds, 50)
         memory = lasting(stream, hour)
     console.say(f"tables of {grown * users:,} users")
     large = enlarged(spark, origin, folder / "large", grown * users)
     large_bare = Bare(spark, large, folder / "large-bare")
-    with Stream(spark, large, grown * users, items, 3).running() as stream:
-        many = measured(stream, large_bare, EVENTS, USERS_PER_BATCH, batches, f"{grown} x users")
+    stream = Stream(spark, large, grown * users, items, 3)
+    with Collecting(spark, large, folder / "large-collecting") as collecting, stream.running():
+        many = measured(stream, large_bare, collecting, EVENTS, USERS_PER_BATCH, batches, f"{grown} x users")
+    steady = [rate for rate in rates if rate["slope"] <= GROWING]
+    best = steady[-1] if steady else {}
     return {
+        "engine": engine,
+        "visible_s": plain["visible"],
+        "merged_s": plain["merged"],
+        "visible_over_bare": plain["visible"] / plain["bare"],
+        "merged_over_bare": plain["merged"] / plain["merges"],
+        "rates": rates,
+        "start_s": start,
+        "start_visible_s": first,
         "visible_over_append": plain["visible"] / plain["append"],
         "micro_batch_over_merge": plain["merged"] / plain["merges"],
         "ten_times_users": many["visible"] / plain["visible"],
         "ten_times_events": more["visible"] / plain["visible"],
-        "events_per_second_per_core": steady.get("rate", 0) / (os.cpu_count() or 1),
-        **{f"visible_p{q}_s": steady.get(f"p{q}") for q in (50, 95, 99)},
+        "events_per_second_per_core": best.get("rate", 0) / (os.cpu_count() or 1),
+        **{f"visible_p{q}_s": best.get(f"p{q}") for q in (50, 95, 99)},
         "ten_times_users_merged": many["merged"] / plain["merged"],
         "ten_times_users_merges": many["merges"] / plain["merges"],
         "seconds": {"plain": plain, "ten_times_events": more, "ten_times_users": many},
@@ -167,8 +191,9 @@ def run(
 
 
 def table_of(found: dict[str, Any]) -> Table:
-    table = Table(title=f"{found['users']:,} users, {found['items']:,} items", title_justify="left")
-    for name in ("micro-batch", "visible s", "append s", "ratio", "merged s", "MERGEs s", "ratio"):
+    title = f"{found['users']:,} users, {found['items']:,} items, engine {found['engine']}"
+    table = Table(title=title, title_justify="left")
+    for name in ("micro-batch", "visible s", "bare s", "ratio", "merged s", "MERGEs s", "ratio"):
         table.add_column(name, justify="right" if name != "micro-batch" else "left")
     labels = {
         "plain": f"{EVENTS} events of {USERS_PER_BATCH} users",
@@ -179,11 +204,19 @@ def table_of(found: dict[str, Any]) -> Table:
         row = found["seconds"][name]
         table.add_row(
             label,
-            *(f"{row[n]:.2f}" for n in ("visible", "append")),
-            f"{row['visible'] / row['append']:.1f}",
+            *(f"{row[n]:.2f}" for n in ("visible", "bare")),
+            f"{row['visible'] / row['bare']:.1f}",
             *(f"{row[n]:.2f}" for n in ("merged", "merges")),
             f"{row['merged'] / row['merges']:.2f}",
         )
+    return table
+
+
+def rates_of(found: dict[str, Any]) -> Table:
+    table = Table("events/s", "p50 s", "p95 s", "p99 s", "growth s/s")
+    for rate in found["rates"]:
+        delays = (f"{rate[name]:.2f}" for name in ("p50", "p95", "p99"))
+        table.add_row(f"{rate['rate']:.0f}", *delays, f"{rate['slope']:.3f}")
     return table
 
 
@@ -199,27 +232,29 @@ def measure(
     seconds: Annotated[float, typer.Option("--seconds", help="How long each rate lasts.")] = 60.0,
     grown: Annotated[int, typer.Option("--grown", help="How many times larger the larger ones are.")] = 10,
     hour: Annotated[int, typer.Option("--hour", help="Micro-batches over which memory is watched, at least 10.")] = 360,
+    engine: Annotated[str, typer.Option("--engine", help="What writes: auto, delta-rs or spark.")] = "auto",
     work: Annotated[Path | None, typer.Option("--work", help="Where the tables go; some GB.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
 ) -> None:
-    """Measure the speed layer against the bare writes that it stands on."""
+    """Measure the speed layer against the bare work that it stands on."""
     logs.configure(False)
     loaded = settings.load([BASE], overrides or [])
     spark = session.build(loaded.spark, "nightstream stream benchmark")
     logging.getLogger("py4j").setLevel(logging.WARNING)
     try:
         with TemporaryDirectory(dir=work) as folder:
-            found = run(spark, Path(folder), users, items, batches, seconds, grown, hour)
+            found = run(spark, Path(folder), engine, users, items, batches, seconds, grown, hour)
         if json_out is not None:
             write_atomically(json_out, json.dumps(found, indent=2).encode())
         console.stdout.print(table_of(found))
+        console.stdout.print(rates_of(found))
         by_tenths = {kind: ", ".join(str(tenth[kind]) for tenth in found["memory_mb"]) for kind in ("python", "jvm")}
         console.stdout.print(f"MB over {hour} micro-batches, by tenths: {by_tenths['python']} (Python)")
         console.stdout.print(f"and {by_tenths['jvm']} (JVM)")
         verdict = "flat" if found["memory_growth"] <= FLAT else "NOT flat"
         console.stdout.print(f"Memory is {verdict}: {found['memory_growth']:+.0%} from the second tenth to the last")
-        told = {k: v for k, v in found.items() if isinstance(v, float) or v is None}
-        console.stdout.print(json.dumps({k: None if v is None else round(v, 2) for k, v in told.items()}, indent=2))
+        figures = {k: v for k, v in found.items() if isinstance(v, float) or v is None}
+        console.stdout.print(json.dumps({k: None if v is None else round(v, 2) for k, v in figures.items()}, indent=2))
     finally:
         spark.stop()
 

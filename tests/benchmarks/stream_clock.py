@@ -1,8 +1,12 @@
-"""The real streaming query with a clock beside it, and the bare appends and MERGEs that it is measured against."""
+"""The real streaming query with a clock beside it, and what it is measured against: a bare query, bare writes."""
 
 from __future__ import annotations
 
+import json
+import queue
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +18,9 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from deltalake import DeltaTable
+from nightstream.ingest import sources
+from nightstream.ingest.ledger import parsed
 from nightstream.monitoring.batch_report import BatchReport
 from nightstream.runtime import console
 from nightstream.runtime.settings import Settings
@@ -23,7 +30,7 @@ from nightstream.steps import serve
 from nightstream.store.materialize import Cut
 from nightstream.store.storage import Storage
 from nightstream.store.tables import RECOMMENDATIONS, REFRESHES, USER_VECTORS
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 from stream_world import LEARNT_FROM, START, events_of, write_lines
 
 PATIENCE_SECONDS = 600
@@ -32,10 +39,12 @@ PATIENCE_SECONDS = 600
 @dataclass(frozen=True)
 class Sample:
     """Seconds of one micro-batch from the file's appearance to its commit and to the end of both MERGEs; of a bare
-    append of the committed rows; of the two bare MERGEs side by side."""
+    micro-batch of as many events from their file's appearance until they are collected; of a bare append of the
+    committed rows; of the two bare MERGEs side by side."""
 
     visible: float
     merged: float
+    bare: float
     append: float
     merges: float
 
@@ -76,8 +85,8 @@ class Stream:
         self.dropped = 0
         self._files = 0
 
-    def drop(self, events: int, users: int) -> float:
-        """One file of events of random users; the moment of its appearance."""
+    def drop(self, events: int, users: int, folder: Path | None = None) -> float:
+        """One file of events of random users; the moment of its appearance. folder: another one than the query's."""
         known = self.rng.integers(0, LEARNT_FROM * self.copies, users)
         owners = np.concatenate([known, self.rng.choice(known, max(events - users, 0))])[:events]
         rows = events_of(owners % LEARNT_FROM, self.items, self.rng, START + 10_000_000 + self.dropped)
@@ -88,7 +97,7 @@ class Stream:
             }
         self.dropped += events
         self._files += 1
-        write_lines(self.folder / f"f{self._files:07}.jsonl", rows)
+        write_lines((folder or self.folder) / f"f{self._files:07}.jsonl", rows)
         return time.monotonic()
 
     @contextmanager
@@ -148,8 +157,8 @@ class Stream:
                 thread.join()
         clock.wait(lambda: True)
 
-    def sample(self, events: int, users: int, bare: Bare) -> Sample:
-        """One micro-batch by itself, then the bare writes of the same rows."""
+    def sample(self, events: int, users: int, bare: Bare, collecting: Collecting) -> Sample:
+        """One micro-batch by itself, then a bare one, then the bare writes of the same rows."""
         clock = self.clock
         commits, merges = len(clock.commits), len(clock.merges)
         begun = self.drop(events, users)
@@ -158,10 +167,71 @@ class Stream:
         assert clock.committed is not None
         share = self.settings.stream.merge_share
         rest = min((1 / share - 1) * clock.merges[-1][1], background_merge.LONGEST_REST)
-        found = Sample(visible, merged, *bare.seconds(clock.committed))
+        collected = collecting.wait(self.drop(events, users, collecting.folder), events)
+        found = Sample(visible, merged, collected, *bare.seconds(clock.committed))
         # What follows the commits rests after its MERGEs; the next sample must not wait for that.
-        time.sleep(max(0.0, rest - sum((found.append, found.merges))) + 0.2)
+        time.sleep(max(0.0, rest - sum((found.bare, found.append, found.merges))) + 0.2)
         return found
+
+
+class Collecting:
+    """A second query over files of the same kind. It parses them, and each of its micro-batches only collects its rows:
+    what Spark takes for a micro-batch that does nothing. In a `with` block it runs."""
+
+    def __init__(self, spark: SparkSession, settings: Settings, folder: Path) -> None:
+        self.folder = folder / "stream"
+        self.folder.mkdir(parents=True)
+        changes = {"path": str(self.folder), "checkpoint": str(folder / "checkpoint")}
+        rows = parsed(sources.stream_events(spark, settings.stream.model_copy(update=changes)), settings)
+        self._writer = rows.writeStream.foreachBatch(self._collect).option("checkpointLocation", changes["checkpoint"])
+        self._collected: queue.Queue[tuple[float, int]] = queue.Queue()
+
+    def _collect(self, rows: DataFrame, number: int) -> None:
+        count = rows.toArrow().num_rows
+        self._collected.put((time.monotonic(), count))
+
+    def __enter__(self) -> Collecting:
+        self._query = self._writer.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._query.stop()
+
+    def wait(self, begun: float, events: int) -> float:
+        """Seconds from the file's appearance until its events were collected."""
+        while events > 0:
+            ended, count = self._collected.get(timeout=PATIENCE_SECONDS)
+            events -= count
+        return ended - begun
+
+
+def start_seconds(stream: Stream) -> tuple[float, float]:
+    """Seconds from the command `nightstream serve` until it takes its first event, and until that is visible: the
+    command runs in a process of its own, on the tables of the stream, which must not run meanwhile."""
+    settings = stream.settings
+    chosen = Path(settings.storage.work_dir).parent / "start.yaml"
+    chosen.write_text(json.dumps(settings.model_dump(mode="json")), encoding="utf-8")
+    refreshes = Path(settings.storage.root) / REFRESHES.name
+    taken = Path(settings.stream.checkpoint) / "offsets" / "0"
+    stream.drop(1, 1)
+    command = [str(Path(sys.executable).parent / "nightstream"), "serve", "--settings", str(chosen)]
+    begun = time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            moments = []
+            for is_there in (taken.exists, lambda: _rows(refreshes) > 0):
+                while not is_there():
+                    if process.poll() is not None or time.monotonic() - begun > PATIENCE_SECONDS:
+                        raise TimeoutError("the command did not get there")
+                    time.sleep(0.02)
+                moments.append(time.monotonic() - begun)
+        finally:
+            process.terminate()
+    return moments[0], moments[1]
+
+
+def _rows(table: Path) -> int:
+    return DeltaTable(str(table)).to_pyarrow_table(columns=["user_id"]).num_rows
 
 
 class Bare:

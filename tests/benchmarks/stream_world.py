@@ -34,8 +34,8 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     hidden.rename(path)
 
 
-def made_settings(folder: Path) -> Settings:
-    """Settings of an installation below `folder`; its sources lie beside it."""
+def made_settings(folder: Path, engine: str = "auto") -> Settings:
+    """Settings of an installation below `folder`; its sources lie beside it. engine: what writes, storage.engine."""
     columns = ("event_id", "user_id", "item_id", "event_type", "event_time", "value", "retracts")
     described = {
         "events": {
@@ -57,6 +57,7 @@ def made_settings(folder: Path) -> Settings:
     changes = {
         "storage.root": folder / "tables",
         "storage.work_dir": folder / "work",
+        "storage.engine": engine,
         "stream.path": folder / "stream",
         "stream.checkpoint": folder / "checkpoint",
         "stream.max_per_trigger": 1_000,
@@ -78,7 +79,7 @@ def events_of(users: np.ndarray, items: int, rng: np.random.Generator, since: in
     ]
 
 
-def small(spark: SparkSession, folder: Path, items: int) -> Settings:
+def small(spark: SparkSession, folder: Path, items: int, engine: str = "auto") -> Settings:
     """The installation of the users that the model is learnt from, after a night with a single epoch: what a model
     costs does not depend on what it has learnt."""
     folder.mkdir(parents=True)
@@ -97,7 +98,7 @@ def small(spark: SparkSession, folder: Path, items: int) -> Settings:
         for n, (u, row) in enumerate(zip(users, rows, strict=True))
     ]
     write_lines(folder.parent / "events.jsonl", named)
-    made = made_settings(folder)
+    made = made_settings(folder, engine)
     as_of = datetime(2024, 1, 1, tzinfo=UTC)
     ingest.run(spark, made)
     train.run(spark, made, as_of)
@@ -109,7 +110,7 @@ def small(spark: SparkSession, folder: Path, items: int) -> Settings:
 def enlarged(spark: SparkSession, origin: Settings, folder: Path, users: int) -> Settings:
     """A copy of the `small` installation with so many users: namesakes have states, lists and events alike."""
     shutil.copytree(origin.storage.root, folder / "tables")
-    made = made_settings(folder)
+    made = made_settings(folder, origin.storage.engine)
     storage = Storage(spark, made.storage)
     copies, files = users // LEARNT_FROM, max(2, users // USERS_PER_FILE)
 
@@ -122,7 +123,7 @@ def enlarged(spark: SparkSession, origin: Settings, folder: Path, users: int) ->
 
     for spec in (USER_VECTORS, RECOMMENDATIONS):
         rows = storage.read(spec).where("user_id <> '*'")
-        buckets.lay_out(storage, spec, multiplied(rows, "user_id"), buckets.wanted(users))
+        buckets.lay_out(storage, spec, multiplied(rows, "user_id"), buckets.wanted(storage, users))
     for spec, names in ((EVENTS, ("user_id", "event_id", "raw_id")), (RAW_EVENTS, ("raw_id",))):
         storage.overwrite(spec, multiplied(storage.read(spec), *names))
     # What was shown before the measurement plays no part in it.

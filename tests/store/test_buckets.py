@@ -10,6 +10,7 @@ from deltalake import DeltaTable
 from nightstream.serving import commits
 from nightstream.serving.commits import Layout
 from nightstream.store import buckets
+from nightstream.store.storage import Storage
 from nightstream.store.tables import RECOMMENDATIONS, REFRESHED, USER_VECTORS
 from pyspark.sql import functions as F
 
@@ -54,9 +55,16 @@ def few_users(monkeypatch):
     monkeypatch.setattr(buckets, "FEWEST_BUCKETS", 2)
 
 
-def test_buckets_follow_the_users():
-    counts = {0: 1, 943: 1, 32_767: 1, 32_768: 256, 65_535: 256, 10**5: 512, 10**6: 4096, 10**9: 8192}
-    assert {users: buckets.wanted(users) for users in counts} == counts
+@pytest.mark.parametrize(
+    ("engine", "counts"),
+    [
+        ("auto", {0: 1, 943: 1, 32_767: 1, 32_768: 256, 65_535: 256, 10**5: 512, 10**6: 4096, 10**9: 8192}),
+        ("spark", {943: 1, 262_143: 1, 262_144: 2048, 524_287: 2048, 10**6: 4096, 10**9: 8192}),
+    ],
+)
+def test_buckets_follow_the_users_and_the_engine(settings, engine, counts):
+    storage = Storage(None, settings.storage.model_copy(update={"engine": engine}))
+    assert {users: buckets.wanted(storage, users) for users in counts} == counts
 
 
 def test_spark_and_python_agree_on_the_bucket(spark):

@@ -18,14 +18,15 @@ log = logging.getLogger(__name__)
 # A file more costs about as much as copying so many users.
 USERS_PER_BUCKET = 128
 # Smaller tables stay whole: copying all of one takes hardly longer than opening and closing a file for each of some
-# hundred users, and what is about many users touches all buckets.
-FEWEST_BUCKETS, MOST_BUCKETS = 256, 8192
+# hundred users, and what is about many users touches all buckets. Spark is slower at opening files than delta-rs.
+FEWEST_BUCKETS, FEWEST_BUCKETS_OF_SPARK, MOST_BUCKETS = 256, 2048, 8192
 
 
-def wanted(users: int) -> int:
+def wanted(storage: Storage, users: int) -> int:
     """Buckets for a table of so many users: a power of two, or 1 for a small one."""
+    fewest = FEWEST_BUCKETS_OF_SPARK if storage.writer is None else FEWEST_BUCKETS
     whole = 1 << max(0, (users // USERS_PER_BUCKET).bit_length() - 1)
-    return 1 if whole < FEWEST_BUCKETS else min(whole, MOST_BUCKETS)
+    return 1 if whole < fewest else min(whole, MOST_BUCKETS)
 
 
 def present(storage: Storage, spec: TableSpec) -> int:
@@ -58,7 +59,7 @@ def touched(buckets: int, users: pa.ChunkedArray | None) -> list[int] | None:
 def spread(storage: Storage, spec: TableSpec, users: int) -> None:
     """Lay a table out anew, in one commit, where so many users need at least twice the buckets or at most half of them;
     for the one process that may write it."""
-    now, then = present(storage, spec), wanted(users)
+    now, then = present(storage, spec), wanted(storage, users)
     if now != then:
         lay_out(storage, spec, storage.read(spec), then)
         log.info("spread over buckets", extra={"table": spec.name, "buckets": then, "before": now})
