@@ -13,7 +13,7 @@ from chispa import assert_df_equality
 from deltalake import DeltaTable
 from nightstream.errors import SettingsError, TableError
 from nightstream.runtime.settings import load
-from nightstream.store import buckets
+from nightstream.store import buckets, delta_rs
 from nightstream.store.materialize import Cut
 from nightstream.store.merge import Replacement
 from nightstream.store.storage import Storage
@@ -116,7 +116,9 @@ def together(spark, spec: TableSpec, *parts: Cut) -> Cut:
     return bucketed(spark, spec, Cut.of(spark, pa.concat_tables([part.table for part in parts]), spec.schema))
 
 
-def test_newer_rows_replace_those_of_their_users_in_buckets_alike(storages, spark):
+@pytest.mark.parametrize("at_a_time", [1, 512])
+def test_newer_rows_replace_those_of_their_users_in_buckets_alike(storages, spark, monkeypatch, at_a_time):
+    monkeypatch.setattr(delta_rs, "_BUCKETS_AT_A_TIME", at_a_time)
     users = [f"u{number}" for number in range(12)]
     for storage in storages.values():
         before = together(spark, RECOMMENDATIONS, *(ranked(spark, user, 2, "a", "b", "c") for user in users))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, QueryBuilder, Schema, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, TableNotFoundError
 
@@ -22,6 +23,8 @@ _CLAUSES: dict[Action, str] = {
     "insert": "when_not_matched_insert_all",
     "delete": "when_matched_delete",
 }
+# Some hundred users with some kB each.
+_BUCKETS_AT_A_TIME = 512
 TAKEN_OVER = "the tables were taken over by another process; start this process again"
 
 
@@ -86,7 +89,8 @@ class DeltaRs:
         buckets: Sequence[int],
         fence: Fence | None = None,
     ) -> None:
-        """Put rows in the place of older ones of their users, in one commit, by writing these buckets anew.
+        """Put rows in the place of older ones of their users, by writing these buckets anew, so many in one commit that
+        their rows have room here.
 
         delta-rs's MERGE of nested columns into many files takes time and memory out of all proportion: 2,000 states in
         1,024 buckets took 53 s and over 10 GB, and 5 s this way.
@@ -102,7 +106,15 @@ class DeltaRs:
             CommitFailedError: a concurrent writer got ahead.
             WriterBusyError: the fence is behind.
         """
-        within, kinds = in_buckets(buckets), arrow_schema(spec.schema)
+        for start in range(0, len(buckets), _BUCKETS_AT_A_TIME):
+            some = buckets[start : start + _BUCKETS_AT_A_TIME]
+            of_these = rows.filter(pc.is_in(rows["bucket"], value_set=pa.array(some, rows["bucket"].type)))
+            self._replace(spec, of_these, replacement, in_buckets(some), fence)
+
+    def _replace(
+        self, spec: TableSpec, rows: pa.Table, replacement: Replacement, within: str, fence: Fence | None
+    ) -> None:
+        kinds = arrow_schema(spec.schema)
 
         def run(table: DeltaTable, how: CommitProperties) -> None:
             columns = ", ".join(map(_quoted, spec.schema.names))
