@@ -305,11 +305,13 @@ def _run(
         # After the session: PySpark puts a handler of its own in place when it starts.
         _stop_on_signals(stopping)
         options["stop"] = stopping.is_set
+    ended_well = False
     try:
         result = run(spark=spark, settings=loaded, **options)
+        ended_well = True
     finally:
         if spark is not None and "DATABRICKS_RUNTIME_VERSION" not in os.environ:
-            spark.stop()
+            session.end(spark, keep=ended_well)
     if result is not None and not quiet:
         typer.echo(json.dumps(result, indent=2, default=str))
 

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from nightstream.errors import MachineError
-from nightstream.runtime import console
+from nightstream.runtime import console, start_cache
 from nightstream.runtime.jvm_log import JvmLog
 from nightstream.runtime.settings import SparkSettings
+from nightstream.runtime.start_cache import StartCache
 
 log = logging.getLogger(__name__)
 
@@ -27,13 +29,17 @@ SUPPORTED_JAVA = (17, 21)
 _WANTED = "install Java 17 or 21 (on Debian: apt-get install openjdk-17-jre-headless) and set JAVA_HOME to it"
 _EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
 _CHECKPOINTS = "org.apache.spark.sql.execution.streaming.checkpointing.FileSystemBasedCheckpointFileManager"
+_PACKAGES, _JARS, _JAVA_OPTIONS = "spark.jars.packages", "spark.jars", "spark.driver.extraJavaOptions"
 _GATEWAY = ("PYSPARK_GATEWAY_PORT", "PYSPARK_GATEWAY_SECRET")
 # What spark-submit notes about itself; a JVM started anew finds its own values.
 _OF_THE_LAUNCH = ("spark.submit.", "spark.app.", "spark.driver.host", "spark.driver.port", "spark.repl.")
 
+# Of the JVM that this process has started.
+_start_cache: StartCache | None = None
 
-def check_java() -> None:
-    """Raise MachineError unless `java` is there in a version that Spark 4.2 supports."""
+
+def check_java() -> str:
+    """Path and version of `java`. Raises MachineError unless it is there in a version that Spark 4.2 supports."""
     home = os.environ.get("JAVA_HOME")
     java = str(Path(home) / "bin" / "java") if home else shutil.which("java")
     if java is None or not Path(java).exists():
@@ -43,6 +49,7 @@ def check_java() -> None:
     if match is None or int(match[1]) not in SUPPORTED_JAVA:
         version = match[1] if match else "of unknown version"
         raise MachineError(f"Java {version} at {java} does not run Spark 4.2; {_WANTED}")
+    return f"{java} {output.stderr}{output.stdout}"
 
 
 def build(settings: SparkSettings, app_name: str = "nightstream", extra: dict[str, str] | None = None):
@@ -67,13 +74,28 @@ def build(settings: SparkSettings, app_name: str = "nightstream", extra: dict[st
     master = given.get("spark.master", settings.master)
     configuration = {**_common(settings), **_own(settings, master), **given, **(extra or {})}
     if _GATEWAY[0] not in os.environ:
-        _launch(configuration)
+        configuration = _launch(configuration, settings.cache)
     builder = SparkSession.builder.appName(app_name)
     for key, value in configuration.items():
         builder = builder.config(key, value)
     session = builder.getOrCreate()
     session.conf.set("spark.sql.session.timeZone", "UTC")
     return session
+
+
+def end(session: Any, keep: bool = False) -> None:
+    """Stop the session. keep: write down what makes the next start faster, where that is not known yet."""
+    session.stop()
+    if not keep or _start_cache is None or not _start_cache.is_lacking:
+        return
+    from pyspark import SparkContext
+
+    gateway: Any = SparkContext._gateway
+    SparkContext._gateway = SparkContext._jvm = None
+    gateway.shutdown()
+    # Spark's JVM ends when nobody can write to it any more.
+    gateway.proc.stdin.close()
+    _start_cache.keep(gateway.proc)
 
 
 def is_remote(session: Any) -> bool:
@@ -150,10 +172,10 @@ def _own(settings: SparkSettings, master: str) -> dict[str, str]:
         # micro-batch writes three. This one renames a finished file, too, which in a local folder is atomic.
         configuration["spark.sql.streaming.checkpointFileManagerClass"] = _CHECKPOINTS
     if settings.packages:
-        configuration["spark.jars.packages"] = ",".join(settings.packages)
+        configuration[_PACKAGES] = ",".join(settings.packages)
     log4j = files("nightstream.runtime") / "log4j2.properties"
     if log4j.is_file():
-        configuration["spark.driver.extraJavaOptions"] = f"-Dlog4j2.configurationFile=file:{log4j}"
+        configuration[_JAVA_OPTIONS] = f"-Dlog4j2.configurationFile=file:{log4j}"
     return configuration
 
 
@@ -222,24 +244,37 @@ def _has_delta(jvm: Any) -> bool:
     return True
 
 
-def _launch(configuration: dict[str, str]) -> None:
-    """Start the JVM ourselves, so that what it says at its start goes through our log."""
-    check_java()
+def _launch(configuration: dict[str, str], cache: str | None) -> dict[str, str]:
+    """Start the JVM ourselves, so that what it says at its start goes through our log.
+
+    Returns the configuration that it was started with. cache: see start_cache.
+    """
+    global _start_cache
+    java = check_java()
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)
     from pyspark import SparkConf, SparkContext
     from pyspark.errors import PySparkRuntimeError
+    from pyspark.find_spark_home import _find_spark_home
     from pyspark.java_gateway import launch_gateway
 
     if SparkContext._gateway is not None:
-        return
-    conf = SparkConf(loadDefaults=False).setAll(list(configuration.items()))
+        return configuration
+    folder = start_cache.folder_of(cache)
+    _start_cache = None if folder is None else StartCache(folder, java, Path(_find_spark_home()))
+    packages, own = configuration.get(_PACKAGES, ""), configuration.get(_JARS, "")
+    started, is_known = _quickened(configuration)
     jvm_log = JvmLog()
     try:
-        with console.working(lambda: "starting Spark"), jvm_log:
-            gateway = launch_gateway(conf, {"stderr": jvm_log.pipe})
+        with (
+            console.working(lambda: "starting Spark"),
+            jvm_log,
+            nullcontext() if _start_cache is None else _start_cache.environment(),
+        ):
+            gateway = launch_gateway(
+                SparkConf(loadDefaults=False).setAll(list(started.items())), {"stderr": jvm_log.pipe}
+            )
     except PySparkRuntimeError as error:
-        packages = configuration.get("spark.jars.packages", "")
         if jvm_log.said("unresolved dependency", "download failed", "not found"):
             raise MachineError(
                 f"Spark could not fetch {packages}: check the connection to the Maven repository, "
@@ -247,3 +282,23 @@ def _launch(configuration: dict[str, str]) -> None:
             ) from error
         raise MachineError(f"Spark's JVM did not start: {jvm_log.last() or 'it said nothing'}") from error
     SparkContext._ensure_initialized(gateway=gateway)
+    if packages and _start_cache is not None and not is_known:
+        jvm: Any = SparkContext._jvm
+        files = [urlsplit(name).path for name in jvm.org.apache.spark.SparkConf().get(_JARS, "").split(",")]
+        _start_cache.keep_jars(packages, [name for name in files if name and name not in own])
+    return started
+
+
+def _quickened(configuration: dict[str, str]) -> tuple[dict[str, str], bool]:
+    """The configuration with what is kept of earlier starts, and whether the files of the packages are among it."""
+    if _start_cache is None:
+        return configuration, False
+    started = dict(configuration)
+    if options := _start_cache.options():
+        started[_JAVA_OPTIONS] = f"{started.get(_JAVA_OPTIONS, '')} {options}".strip()
+    jars = _start_cache.jars(started[_PACKAGES]) if _PACKAGES in started else None
+    if jars is None:
+        return started, False
+    del started[_PACKAGES]
+    started[_JARS] = ",".join(filter(None, [started.get(_JARS), *jars]))
+    return started, True

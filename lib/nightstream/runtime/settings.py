@@ -60,6 +60,7 @@ class SparkSettings(Section):
     shuffle_partitions: int = Field(ge=1, le=10_000)
     adaptive: bool
     warehouse: str = Field(min_length=1)
+    cache: str | None = Field(min_length=1)
     packages: tuple[str, ...]
 
     @field_validator("remote")

@@ -75,9 +75,10 @@ class SpeedLayer:
         self._half_booked = not is_balanced(self.storage)
         if self._half_booked:
             log.warning("a write was cut off: every payload is looked for in raw_events until the sums are right again")
-        self.state_cache.start()
         self.bundle.load()
         self._id_filter = IdFilter.of(self.storage)
+        # It reads on in the background, and takes a core for it.
+        self.state_cache.start()
 
     def __call__(self, arrived: DataFrame, batch_id: int) -> None:
         """Record the rows (see ledger.parsed), refresh their users, commit; the MERGEs follow behind.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pyspark.sql import SparkSession
@@ -54,12 +55,15 @@ def run(
     def is_over() -> bool:
         return stop() or (max_batches is not None and stream.counts["batches"] >= max_batches)
 
-    first = _writer(spark, function, until_idle)
     with stream:
-        stream.start()
+        with ThreadPoolExecutor(1) as pool:
+            # To plan the query takes as long as to make ready for its first micro-batch.
+            first = pool.submit(_writer, spark, function, until_idle)
+            stream.start()
+            writer = first.result()
         for view in (freshness, recommendations_now):
             view.make_view(Storage(spark, settings.storage), settings)
-        query = first.start()
+        query = writer.start()
         on_start()
         vain_starts, batches = 0, 0
         while True:
