@@ -308,12 +308,12 @@ def _run(
     ended_well = False
     try:
         result = run(spark=spark, settings=loaded, **options)
+        if result is not None and not quiet:
+            typer.echo(json.dumps(result, indent=2, default=str))
         ended_well = True
     finally:
         if spark is not None and "DATABRICKS_RUNTIME_VERSION" not in os.environ:
             session.end(spark, keep=ended_well)
-    if result is not None and not quiet:
-        typer.echo(json.dumps(result, indent=2, default=str))
 
 
 def _lies_elsewhere(loaded: settings.Settings) -> bool:
