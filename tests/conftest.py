@@ -31,6 +31,8 @@ def spark(tmp_path_factory):
             "spark.sql.warehouse.dir": str(warehouse),
             "spark.sql.adaptive.enabled": "false",
             "spark.default.parallelism": "2",
+            # Delta keeps each table that it has read for an hour, some 10 MB each, and no test reads those of others.
+            "spark.databricks.delta.delta.log.cacheSize": "40",
             # On small data compiling a stage takes longer than interpreting it.
             "spark.sql.codegen.wholeStage": "false",
             "spark.sql.codegen.factoryMode": "NO_CODEGEN",

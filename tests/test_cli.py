@@ -21,19 +21,28 @@ from pyspark.errors import AnalysisException
 ROOT = Path(__file__).parent.parent
 BASE = str(ROOT / "conf" / "base.yaml")
 FILES = sorted(path for folder in ("jobs", "streaming") for path in (ROOT / folder).glob("*.py"))
-COMMANDS = ("ingest", "train", "publish", "apply", "nightly", "evaluate", "serve", "sync", "freshness", "demo")
+COMMANDS = (
+    "ingest",
+    "train",
+    "publish",
+    "apply",
+    "nightly",
+    "evaluate",
+    "serve",
+    "sync",
+    "freshness",
+    "demo",
+    "warm-up",
+)
 
 pytestmark = pytest.mark.usefixtures("restored_logging")
 
 
 class Spark:
     stopped = False
-    # Whether what makes the next start faster is to be kept.
-    kept: bool | None = None
 
-
-def end(spark: Spark, keep: bool) -> None:
-    spark.stopped, spark.kept = True, keep
+    def stop(self) -> None:
+        self.stopped = True
 
 
 @pytest.fixture
@@ -50,7 +59,7 @@ def step(monkeypatch):
             return outcome
 
         module = types.SimpleNamespace(run=run)
-        session = types.SimpleNamespace(build=lambda settings, app_name: seen.spark, end=end)
+        session = types.SimpleNamespace(build=lambda settings, app_name: seen.spark)
         monkeypatch.setitem(sys.modules, f"nightstream.steps.{name}", module)
         monkeypatch.setitem(sys.modules, "nightstream.runtime.session", session)
         return seen
@@ -131,7 +140,7 @@ def test_a_step_gets_its_settings_and_its_time(step, capsys):
     assert seen.settings.serving.top_k == 7
     assert seen.options == {"as_of": datetime(2026, 1, 31, 1, tzinfo=UTC)}
     assert json.loads(capsys.readouterr().out) == {"model_version": "v1"}
-    assert (seen.spark.stopped, seen.spark.kept) == (True, True)
+    assert seen.spark.stopped
 
 
 def test_evaluate_hands_on_its_options(step, tmp_path):
@@ -174,8 +183,7 @@ def test_what_a_person_can_mend_is_one_sentence(step, error, sentence, capsys):
     assert len(lines) == 1
     assert sentence in lines[0]
     assert "SQLSTATE" not in lines[0]
-    # Nobody waits for what is kept after an error, or after Ctrl-C.
-    assert (seen.spark.stopped, seen.spark.kept) == (True, False)
+    assert seen.spark.stopped
 
 
 @pytest.mark.parametrize("command", ["publish", "nightly"])

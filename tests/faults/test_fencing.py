@@ -11,9 +11,10 @@ from arrivals import Arrivals
 from killing import Victim
 from nightstream.steps import apply, serve
 from states import assert_merged, assert_same, recomputed, state_of
-from test_kills import APPENDS, MERGES, assert_same_books, prepared
+from test_kills import APPENDS, ENGINES, MERGES, assert_same_books, prepared
 
 LEASE_SECONDS = 5.0
+WRITES = (*APPENDS, *MERGES)
 AS_OF = datetime(2024, 1, 2, tzinfo=UTC)
 
 
@@ -50,7 +51,12 @@ def overtaken(night, tmp_path: Path, write: str, engine: str, by_night: bool) ->
 
 @pytest.mark.faults
 @pytest.mark.parametrize("by_night", [True, False])
-@pytest.mark.parametrize("engine", ["spark", "delta-rs"])
-@pytest.mark.parametrize("write", [*APPENDS, *MERGES])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("write", WRITES)
 def test_a_stream_that_slept_before_any_write_has_no_part_in_what_comes(night, tmp_path, write, engine, by_night):
     overtaken(night, tmp_path, write, engine, by_night)
+
+
+@pytest.mark.slow
+def test_a_stream_that_slept_before_a_drawn_write_has_no_part_in_what_comes(night, tmp_path, drawn):
+    overtaken(night, tmp_path, drawn.choice(WRITES), drawn.choice(ENGINES), drawn.random() < 0.5)

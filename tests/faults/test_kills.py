@@ -49,6 +49,7 @@ def around(*writes: str) -> list[str]:
 PLACES = [*around(*APPENDS), *around(*MERGES), "after batch stream"]
 PLACES += [place for merge in around(*MERGES) for place in ("before append refreshes", merge)]
 START_SECONDS = 12.0
+ENGINES = ("spark", "delta-rs")
 
 
 def prepared(settings: Settings, folder: Path, **told: object) -> tuple[Settings, Path]:
@@ -146,18 +147,18 @@ def killed(night, tmp_path, places: list[str], moments: int, seed: int, engine: 
 
 
 @pytest.mark.slow
-def test_killed_between_two_writes_and_at_a_moment_it_ends_in_the_undisturbed_state(night, tmp_path):
-    killed(night, tmp_path, ["before append refreshes"], 1, 11)
+def test_killed_at_a_drawn_write_and_a_drawn_moment_it_ends_in_the_undisturbed_state(night, tmp_path, drawn):
+    killed(night, tmp_path, [drawn.choice(PLACES)], 1, drawn.randrange(10**6), drawn.choice(ENGINES))
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("engine", ["spark", "delta-rs"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_killed_at_every_write_it_ends_in_the_undisturbed_state(night, tmp_path, engine):
     killed(night, tmp_path, PLACES, 0, 7, engine)
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("engine", ["spark", "delta-rs"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_killed_at_thirty_moments_it_ends_in_the_undisturbed_state(night, tmp_path, engine):
     killed(night, tmp_path, [], 30, 8, engine)
 

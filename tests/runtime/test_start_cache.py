@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from nightstream.runtime.start_cache import StartCache, folder_of
+from nightstream.errors import MachineError
+from nightstream.runtime import session
+from nightstream.runtime.start_cache import StartCache
 
 ROOT = Path(__file__).parents[2]
 START = """
@@ -22,7 +25,7 @@ assert spark.range(3).count() == 3
 spark.range(1).write.format("delta").save(sys.argv[2])
 print(Path(f"/proc/{SparkContext._gateway.proc.pid}/maps").read_text().count(".jsa"))
 print(spark.conf.get("spark.jars.packages", ""))
-session.end(spark, keep=True)
+spark.stop()
 """
 
 
@@ -37,25 +40,30 @@ def spark_home(tmp_path, monkeypatch) -> Path:
     return home
 
 
-def test_java_writes_an_archive_where_there_is_none_and_uses_it_where_there_is_one(tmp_path, spark_home):
+def recorded(cache: StartCache) -> bool:
+    """A process in place of the JVM, which writes what it is started to write."""
+    (part,) = (o.partition("=")[2] for o in cache.options(record=True).split() if "ArchiveClassesAtExit" in o)
+    with subprocess.Popen(["touch", part]) as jvm:
+        return cache.keep(jvm)
+
+
+def test_an_archive_is_used_by_the_java_and_the_spark_that_it_was_recorded_with(tmp_path, spark_home):
     cache = StartCache(tmp_path, "java 17", spark_home)
-    assert cache.is_lacking
-    (written,) = (o.partition("=")[2] for o in cache.options().split() if o.startswith("-XX:ArchiveClassesAtExit"))
-    with subprocess.Popen(["touch", written]) as jvm:
-        cache.keep(jvm)
-    assert not cache.is_lacking
+    assert cache.options() == ""
+    assert recorded(cache)
     assert f"-XX:SharedArchiveFile={cache.archive}" in cache.options()
-    # Each Java and each Spark has its own.
-    assert StartCache(tmp_path, "java 21", spark_home).is_lacking
+    # Whoever records anew starts without.
+    assert "SharedArchiveFile" not in cache.options(record=True)
+    assert StartCache(tmp_path, "java 21", spark_home).options() == ""
     (spark_home / "jars" / "b.jar").touch()
-    assert StartCache(tmp_path, "java 17", spark_home).is_lacking
+    assert StartCache(tmp_path, "java 17", spark_home).options() == ""
 
 
 def test_a_jvm_that_wrote_none_leaves_nothing(tmp_path, spark_home):
     cache = StartCache(tmp_path, "java", spark_home)
     with subprocess.Popen(["false"]) as jvm:
-        cache.keep(jvm)
-    assert cache.is_lacking
+        assert not cache.keep(jvm)
+    assert cache.options() == ""
 
 
 def test_the_default_settings_of_spark_are_given_by_name(tmp_path, spark_home, monkeypatch):
@@ -72,9 +80,10 @@ def test_the_default_settings_of_spark_are_given_by_name(tmp_path, spark_home, m
 
 @pytest.mark.parametrize("name", ["log4j2.properties", "hive-site.xml", "spark-env.sh"])
 def test_other_files_beside_them_stay_on_the_class_path(tmp_path, spark_home, name):
+    recorded(StartCache(tmp_path, "java", spark_home))
     (spark_home / "conf" / name).touch()
     cache = StartCache(tmp_path, "java", spark_home)
-    assert not cache.is_lacking
+    assert not cache.can_archive
     assert cache.options() == ""
     with cache.environment():
         assert "SPARK_CONF_DIR" not in os.environ
@@ -95,26 +104,48 @@ def test_files_of_packages_are_known_while_all_are_there(tmp_path, spark_home):
     assert cache.jars("a:b:1") is None
 
 
-def test_without_a_folder_nothing_is_kept(tmp_path):
+def test_without_a_folder_nothing_is_kept(tmp_path, spark_home, caplog):
     (tmp_path / "file").touch()
-    assert folder_of(None) is None
-    assert folder_of(str(tmp_path / "file" / "below")) is None
-    assert folder_of(str(tmp_path / "new")).is_dir()
+    caplog.set_level("INFO")
+    assert session._cache_of(None, "java", spark_home) is None
+    assert session._cache_of(str(tmp_path / "file" / "below"), "java", spark_home) is None
+    assert "spark.cache" in caplog.text
+    assert session._cache_of(str(tmp_path / "new"), "java", spark_home).folder.is_dir()
+
+
+def test_nothing_is_recorded_where_others_start_spark_or_nothing_can_be_kept(settings, monkeypatch):
+    from pyspark import SparkContext
+
+    monkeypatch.setattr(SparkContext, "_gateway", None)
+    with pytest.raises(MachineError, match=r"spark\.cache is None"):
+        session.record(settings.spark.model_copy(update={"cache": None}), lambda spark: None)
+    with pytest.raises(MachineError, match="another process"):
+        session.record(settings.spark.model_copy(update={"remote": "sc://127.0.0.1"}), lambda spark: None)
+    monkeypatch.setattr(SparkContext, "_gateway", object())
+    with pytest.raises(MachineError, match="another process"):
+        session.record(settings.spark, lambda spark: None)
 
 
 @pytest.mark.slow
-def test_the_second_start_uses_what_the_first_has_kept_and_a_damaged_archive_does_no_harm(tmp_path):
-    def start(name: str) -> list[str]:
-        command = [sys.executable, "-c", START, str(tmp_path / "cache"), str(tmp_path / name)]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def test_a_start_uses_what_the_warm_up_has_kept_and_a_damaged_archive_does_no_harm(tmp_path):
+    def run(*command: str) -> str:
+        result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
-        return result.stdout.split("\n")[:2]
+        return result.stdout
 
-    first, second = start("first"), start("second")
+    def start(name: str) -> list[str]:
+        return run("-c", START, str(tmp_path / "cache"), str(tmp_path / name)).split("\n")[:2]
+
+    first = start("first")
     assert "io.delta" in first[1]
+    command = ["-c", "from nightstream.cli import main; main()", "warm-up", "--settings", "conf/base.yaml"]
+    kept = run(*command, "--set", f"spark.cache={tmp_path / 'cache'}", "--set", "spark.driver_memory=1g")
+    archive = Path(json.loads(kept)["archive"])
+    assert archive.parent == tmp_path / "cache"
+    assert not list(archive.parent.glob("*.part"))
+    second = start("second")
     assert second[1] == ""
     assert int(second[0]) > int(first[0])
-    (archive,) = (tmp_path / "cache").glob("*.jsa")
     content = bytearray(archive.read_bytes())
     content[len(content) // 2 :] = bytes(len(content) // 2)
     archive.chmod(0o644)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from nightstream.models.arrays import Catalogue, Lists, Windows
+from nightstream.models.bundle import Loaded
 from nightstream.models.features import Attributes, FeatureStatistics, Scale
 from nightstream.models.ranking.strategies import STRATEGIES
 from nightstream.serving.refresh import NO_EVENTS, NOBODY, Refresher
@@ -60,7 +61,7 @@ def refresher(model: FirstUnseen, seen_limit: int = 3) -> Refresher:
     )
     titles = [i.upper() for i in ITEMS]
     catalogue = Catalogue(ITEMS, np.ones((len(ITEMS), 2), np.float32), np.ones(len(ITEMS), bool), titles)
-    loaded = SimpleNamespace(model=model, statistics=statistics, catalogue=catalogue, item_ids=pa.array(ITEMS))
+    loaded = Loaded(model, statistics, catalogue, pa.array(ITEMS))
     bundle: Any = SimpleNamespace(model_version="m1", catalogue_version="c1", load=lambda: loaded)
     return Refresher(bundle, FoldRules(LENGTH, seen_limit, model.event_types), TOP_K)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from chispa import assert_df_equality
-from deltalake import DeltaTable
+from deltalake import DeltaTable, write_deltalake
 from nightstream.errors import SettingsError, TableError
 from nightstream.runtime.settings import load
 from nightstream.store import buckets, delta_rs
@@ -153,6 +153,35 @@ def test_newer_rows_replace_those_of_their_users_in_buckets_alike(storages, spar
         ("u1", 1, "d", 3),
         ("new", 1, "e", 1),
     }
+
+
+@pytest.mark.parametrize("other", ["compaction", "another's rows"])
+def test_rows_that_come_while_buckets_are_written_anew_are_not_lost(storages, spark, monkeypatch, other):
+    storage = storages["delta-rs"]
+    buckets.lay_out(storage, USER_VECTORS, together(spark, USER_VECTORS, state(spark, "u", 1)).rows, 4)
+    path = storage.location(USER_VECTORS)
+    for user in ("v", "w"):
+        made = together(spark, USER_VECTORS, state(spark, user, 1))
+        write_deltalake(path, made.table, mode="append")
+    applied, calls = Replacement.applied, []
+
+    def meanwhile(self, held, new):
+        calls.append(held.num_rows)
+        if len(calls) == 1:
+            if other == "compaction":
+                DeltaTable(path).optimize.compact()
+            else:
+                for user in ("x", "y", "z"):
+                    write_deltalake(path, together(spark, USER_VECTORS, state(spark, user, 1)).table, mode="append")
+        return applied(self, held, new)
+
+    monkeypatch.setattr(Replacement, "applied", meanwhile)
+    newer = together(spark, USER_VECTORS, *(state(spark, user, 2) for user in "uvw"))
+    touched = buckets.touched(4, newer.table["user_id"])
+    storage.with_retries(lambda: storage.replace(USER_VECTORS, newer, STATES, touched), 3, "user_vectors")
+    found = sorted((r.user_id, r.revision) for r in storage.read(USER_VECTORS).collect())
+    added = [] if other == "compaction" else [("x", 1), ("y", 1), ("z", 1)]
+    assert found == [("u", 2), ("v", 2), ("w", 2), *added]
 
 
 def in_any(uri: str, numbers: list[int]) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,10 +17,9 @@ def combined(column: pa.ChunkedArray) -> pa.Array:
     return array if isinstance(array, pa.Array) else pa.concat_arrays(array.chunks)
 
 
-def names(items: Sequence[str], rows: np.ndarray) -> np.ndarray:
-    """1-based catalogue rows -> object array of ids, None for 0."""
-    table = np.array([None, *items], dtype=object)
-    return table[rows]
+def names(items: pa.Array, rows: np.ndarray) -> pa.Array:
+    """1-based catalogue rows -> what items has of them, null for 0."""
+    return items.take(pa.array(rows - 1, mask=rows == 0))
 
 
 def rows_of(values: pa.Array, ids: pa.Array) -> np.ndarray:

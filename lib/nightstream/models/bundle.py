@@ -76,6 +76,11 @@ class Loaded:
         catalogue, item_ids = decode_catalogue(bundle.catalogue)
         return cls(from_artifacts(files), statistics, catalogue, item_ids)
 
+    @cached_property
+    def titles(self) -> pa.Array:
+        """string [M]: the catalogue's display texts."""
+        return pa.array(self.catalogue.titles, pa.string())
+
     def withdrawn(self) -> pa.Array:
         """item_id (string [W]) of the items that are not to be recommended."""
         return self.item_ids.filter(pa.array(~self.catalogue.available))

@@ -127,8 +127,9 @@ class Model:
 
         def arrays(part: tuple[Windows, int]) -> list[np.ndarray]:
             block, count = part
-            lists = recommend_block(block, self._encode_block(block, table), table, self.sources, ranker, k)
-            return [a[:count] for a in (lists.rows, lists.scores, lists.strategies, lists.because, lists.vectors)]
+            vectors = self._encode_block(block, table)
+            lists = recommend_block(block.slice(0, count), vectors, table, self.sources, ranker, k)
+            return [lists.rows, lists.scores, lists.strategies, lists.because, lists.vectors]
 
         with ThreadPoolExecutor(threads) as pool:
             parts = list(pool.map(arrays, _blocks(self._fit_windows(windows))))

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +18,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from nightstream.errors import MachineError
-from nightstream.runtime import console, start_cache
+from nightstream.runtime import console
 from nightstream.runtime.jvm_log import JvmLog
 from nightstream.runtime.settings import SparkSettings
 from nightstream.runtime.start_cache import StartCache
@@ -34,9 +35,6 @@ _GATEWAY = ("PYSPARK_GATEWAY_PORT", "PYSPARK_GATEWAY_SECRET")
 # What spark-submit notes about itself; a JVM started anew finds its own values.
 _OF_THE_LAUNCH = ("spark.submit.", "spark.app.", "spark.driver.host", "spark.driver.port", "spark.repl.")
 
-# Of the JVM that this process has started.
-_start_cache: StartCache | None = None
-
 
 def check_java() -> str:
     """Path and version of `java`. Raises MachineError unless it is there in a version that Spark 4.2 supports."""
@@ -52,17 +50,23 @@ def check_java() -> str:
     return f"{java} {output.stderr}{output.stdout}"
 
 
-def build(settings: SparkSettings, app_name: str = "nightstream", extra: dict[str, str] | None = None):
+def build(
+    settings: SparkSettings,
+    app_name: str = "nightstream",
+    extra: dict[str, str] | None = None,
+    record: bool = False,
+):
     """The running session where there is one (Databricks), one on the Spark Connect server that SPARK_REMOTE or
     spark.remote names, else one of our own, with Delta.
 
     Under spark-submit its settings win over ours. `extra` are Spark settings on top of all.
+    record: whether the JVM writes down its classes, see `record`.
     Raises MachineError for a missing or wrong Java, where the packages cannot be fetched and where no server answers.
     """
     from pyspark.sql import SparkSession
 
     session = SparkSession.getActiveSession()
-    remote = os.environ.get("SPARK_REMOTE") or settings.remote
+    remote = _remote(settings)
     if session is None and "DATABRICKS_RUNTIME_VERSION" in os.environ:
         session = SparkSession.builder.appName(app_name).getOrCreate()
     elif session is None and remote is not None:
@@ -74,7 +78,7 @@ def build(settings: SparkSettings, app_name: str = "nightstream", extra: dict[st
     master = given.get("spark.master", settings.master)
     configuration = {**_common(settings), **_own(settings, master), **given, **(extra or {})}
     if _GATEWAY[0] not in os.environ:
-        configuration = _launch(configuration, settings.cache)
+        configuration = _launch(configuration, settings.cache, record)
     builder = SparkSession.builder.appName(app_name)
     for key, value in configuration.items():
         builder = builder.config(key, value)
@@ -83,19 +87,44 @@ def build(settings: SparkSettings, app_name: str = "nightstream", extra: dict[st
     return session
 
 
-def end(session: Any, keep: bool = False) -> None:
-    """Stop the session. keep: write down what makes the next start faster, where that is not known yet."""
-    session.stop()
-    if not keep or _start_cache is None or not _start_cache.is_lacking:
-        return
+def record(settings: SparkSettings, work: Callable[[Any], None]) -> Path:
+    """Do the work in a session of its own and archive the classes that its JVM has loaded, for faster starts.
+
+    Args:
+        settings: `cache` says where the archive goes.
+        work: What commands do with Spark; given the session.
+
+    Returns:
+        The path of the archive.
+
+    Raises:
+        MachineError: Another process starts the JVMs here, nothing can be kept, or Java has not written the archive.
+    """
     from pyspark import SparkContext
 
+    elsewhere = _GATEWAY[0] in os.environ or "DATABRICKS_RUNTIME_VERSION" in os.environ or _remote(settings)
+    if elsewhere or SparkContext._gateway is not None:
+        raise MachineError("Spark is started by another process here, and nothing can make its start faster")
+    cache = _cache_of(settings.cache, check_java(), _spark_home())
+    if cache is None:
+        raise MachineError(f"spark.cache is {settings.cache}: name a folder that can be written")
+    if not cache.can_archive:
+        raise MachineError("Java can't archive classes while files besides spark-defaults.conf lie in SPARK_CONF_DIR")
+    session = build(settings, "nightstream warm-up", record=True)
+    try:
+        work(session)
+    finally:
+        session.stop()
     gateway: Any = SparkContext._gateway
     SparkContext._gateway = SparkContext._jvm = None
     gateway.shutdown()
     # Spark's JVM ends when nobody can write to it any more.
     gateway.proc.stdin.close()
-    _start_cache.keep(gateway.proc)
+    if not cache.keep(gateway.proc):
+        raise MachineError(
+            f"Java has not written {cache.archive}; starts are as slow as before, and nothing else is lost"
+        )
+    return cache.archive
 
 
 def is_remote(session: Any) -> bool:
@@ -110,6 +139,10 @@ def first_in_line(session: Any) -> None:
     """
     if session is not None and not is_remote(session):
         session.sparkContext.setLocalProperty("spark.scheduler.pool", "first in line")
+
+
+def _remote(settings: SparkSettings) -> str | None:
+    return os.environ.get("SPARK_REMOTE") or settings.remote
 
 
 def _connected(remote: str, app_name: str) -> Any:
@@ -244,37 +277,30 @@ def _has_delta(jvm: Any) -> bool:
     return True
 
 
-def _launch(configuration: dict[str, str], cache: str | None) -> dict[str, str]:
+def _launch(configuration: dict[str, str], cache: str | None, record: bool) -> dict[str, str]:
     """Start the JVM ourselves, so that what it says at its start goes through our log.
 
-    Returns the configuration that it was started with. cache: see start_cache.
+    Returns the configuration that it was started with. cache: the setting. record: as in build.
     """
-    global _start_cache
     java = check_java()
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)
     from pyspark import SparkConf, SparkContext
     from pyspark.errors import PySparkRuntimeError
-    from pyspark.find_spark_home import _find_spark_home
     from pyspark.java_gateway import launch_gateway
 
     if SparkContext._gateway is not None:
         return configuration
-    folder = start_cache.folder_of(cache)
-    _start_cache = None if folder is None else StartCache(folder, java, Path(_find_spark_home()))
-    packages, own = configuration.get(_PACKAGES, ""), configuration.get(_JARS, "")
-    started, is_known = _quickened(configuration)
+    start_cache = _cache_of(cache, java, _spark_home())
+    started = configuration if start_cache is None else _quickened(configuration, start_cache, record)
+    conf = SparkConf(loadDefaults=False).setAll(list(started.items()))
+    environment = nullcontext() if start_cache is None else start_cache.environment()
     jvm_log = JvmLog()
     try:
-        with (
-            console.working(lambda: "starting Spark"),
-            jvm_log,
-            nullcontext() if _start_cache is None else _start_cache.environment(),
-        ):
-            gateway = launch_gateway(
-                SparkConf(loadDefaults=False).setAll(list(started.items())), {"stderr": jvm_log.pipe}
-            )
+        with console.working(lambda: "starting Spark"), jvm_log, environment:
+            gateway = launch_gateway(conf, {"stderr": jvm_log.pipe})
     except PySparkRuntimeError as error:
+        packages = configuration.get(_PACKAGES, "")
         if jvm_log.said("unresolved dependency", "download failed", "not found"):
             raise MachineError(
                 f"Spark could not fetch {packages}: check the connection to the Maven repository, "
@@ -282,23 +308,43 @@ def _launch(configuration: dict[str, str], cache: str | None) -> dict[str, str]:
             ) from error
         raise MachineError(f"Spark's JVM did not start: {jvm_log.last() or 'it said nothing'}") from error
     SparkContext._ensure_initialized(gateway=gateway)
-    if packages and _start_cache is not None and not is_known:
+    if start_cache is not None and _PACKAGES in started:
         jvm: Any = SparkContext._jvm
-        files = [urlsplit(name).path for name in jvm.org.apache.spark.SparkConf().get(_JARS, "").split(",")]
-        _start_cache.keep_jars(packages, [name for name in files if name and name not in own])
+        resolved = _files(jvm.org.apache.spark.SparkConf().get(_JARS, ""))
+        own = _files(started.get(_JARS, ""))
+        start_cache.keep_jars(started[_PACKAGES], [file for file in resolved if file not in own])
     return started
 
 
-def _quickened(configuration: dict[str, str]) -> tuple[dict[str, str], bool]:
-    """The configuration with what is kept of earlier starts, and whether the files of the packages are among it."""
-    if _start_cache is None:
-        return configuration, False
+def _cache_of(setting: str | None, java: str, spark_home: Path) -> StartCache | None:
+    """setting: `spark.cache`."""
+    if setting is None:
+        return None
+    try:
+        return StartCache(Path(setting).expanduser().absolute(), java, spark_home)
+    except OSError as error:
+        log.info("nothing is kept for a faster start: spark.cache can't be written", extra={"reason": str(error)})
+        return None
+
+
+def _files(jars: str) -> list[str]:
+    """The paths in a list of `spark.jars`."""
+    return [urlsplit(jar).path for jar in jars.split(",") if jar]
+
+
+def _spark_home() -> Path:
+    from pyspark.find_spark_home import _find_spark_home
+
+    return Path(_find_spark_home())
+
+
+def _quickened(configuration: dict[str, str], start_cache: StartCache, record: bool) -> dict[str, str]:
+    """The configuration with what is kept of earlier starts; packages whose files are known are no longer in it."""
     started = dict(configuration)
-    if options := _start_cache.options():
+    if options := start_cache.options(record):
         started[_JAVA_OPTIONS] = f"{started.get(_JAVA_OPTIONS, '')} {options}".strip()
-    jars = _start_cache.jars(started[_PACKAGES]) if _PACKAGES in started else None
-    if jars is None:
-        return started, False
-    del started[_PACKAGES]
-    started[_JARS] = ",".join(filter(None, [started.get(_JARS), *jars]))
-    return started, True
+    jars = start_cache.jars(started.get(_PACKAGES, ""))
+    if jars is not None:
+        del started[_PACKAGES]
+        started[_JARS] = ",".join(filter(None, [started.get(_JARS), *jars]))
+    return started

@@ -18,6 +18,7 @@ from nightstream.store.tables import RECOMMENDATIONS, USER_VECTORS
 _USERS = T.StructType([T.StructField("user_id", T.StringType())])
 _NOBODY = pa.array([], pa.string())
 _ITEMS_PER_QUERY = 5_000
+_READ = ["user_id", "revision", "model_version", "items"]
 
 
 def some_behind(storage: Storage, bundle: Bundle, pending: Sequence[Cut], most: int) -> Cut | None:
@@ -36,7 +37,7 @@ def some_behind(storage: Storage, bundle: Bundle, pending: Sequence[Cut], most: 
     Returns:
         The rows, distinct.
     """
-    tables = [each.table for each in pending if each.table is not None]
+    tables = [each.table.select(_READ) for each in pending if each.table is not None]
     newer = newest_rows(tables) if tables else None
     # What the tables say of these is no longer true.
     outdated = _NOBODY if newer is None else combined(newer["user_id"])

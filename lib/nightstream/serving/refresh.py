@@ -190,21 +190,27 @@ def _entries(lists, loaded: Loaded) -> pa.ListArray:
     held = lists.rows > 0
     sizes = held.sum(axis=1)
     ranks = (np.arange(lists.rows.shape[1], dtype=np.int32) + 1)[None, :].repeat(len(lists.rows), axis=0)
-    catalogue = loaded.catalogue
     because = lists.because[held]
-    known = list(STRATEGIES)
-    strategies = [known[s] for s in lists.strategies[held].tolist()]
-    titles = names(catalogue.titles, because)
+    strategies = pa.array(list(STRATEGIES), pa.string()).take(pa.array(lists.strategies[held]))
     entry = pa.StructArray.from_arrays(
         [
             pa.array(ranks[held], pa.int32()),
-            pa.array(names(catalogue.item_ids, lists.rows[held]), pa.string()),
+            names(loaded.item_ids, lists.rows[held]),
             pa.array(lists.scores[held].astype(np.float64)),
-            pa.array(strategies, pa.string()),
-            pa.array([reason_text(s, t) for s, t in zip(strategies, titles, strict=True)], pa.string()),
-            pa.array(names(catalogue.item_ids, because), pa.string()),
+            strategies,
+            _reasons(lists.strategies[held], because, loaded),
+            names(loaded.item_ids, because),
         ],
         names=LIST_ENTRY.names,
     )
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), entry)
+
+
+def _reasons(strategies: np.ndarray, because: np.ndarray, loaded: Loaded) -> pa.Array:
+    """string [N] of N entries: the sentence of each, made once for all entries that have the same."""
+    many = len(loaded.catalogue) + 1
+    pairs, entries = np.unique(strategies.astype(np.int64) * many + because, return_inverse=True)
+    known, titles = list(STRATEGIES), names(loaded.titles, pairs % many).to_pylist()
+    sentences = [reason_text(known[s], t) for s, t in zip((pairs // many).tolist(), titles, strict=True)]
+    return pa.array(sentences, pa.string()).take(pa.array(entries))

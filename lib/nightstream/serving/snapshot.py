@@ -31,8 +31,8 @@ class Snapshots:
         self._seen_commits: tuple[int | None, int | None] | None = None
         self._looked_at = time.monotonic()
         self._pool = ThreadPoolExecutor(1, "snapshot")
-        self._look: Future[Bundle | None] | None = None
-        self._asked_for: Bundle | None = None
+        # What serves when it begins, and what it finds.
+        self._look: tuple[Bundle, Future[Bundle | None]] | None = None
 
     def first(self) -> Bundle:
         """The published model with its catalogue as it is. Raises TableError where none is published."""
@@ -45,13 +45,12 @@ class Snapshots:
         """
         waits = self.settings.stream.snapshot_seconds
         if self._look is None and time.monotonic() - self._looked_at >= waits:
-            self._asked_for = bundle
-            self._look = self._pool.submit(self._newer_at_hand, bundle)
-        if self._look is None or (waits and not self._look.done()):
+            self._look = bundle, self._pool.submit(self._newer_at_hand, bundle)
+        if self._look is None or (waits and not self._look[1].done()):
             return False, None
-        look, self._look, self._looked_at = self._look, None, time.monotonic()
+        (served, look), self._look, self._looked_at = self._look, None, time.monotonic()
         newer = look.result()
-        if self._asked_for is not bundle:
+        if served is not bundle:
             # Another one serves since, from which to a later look may have to lead.
             self._seen_commits = None
             return True, None

@@ -125,9 +125,9 @@ def cut(
     columns = [column.alias(name) for name, column in totals.items()]
     if limit and (size is None or size <= limit):
         seen = Observation()
-        few = rows if size is not None else rows.limit(limit + 1)
-        table = _on_driver(few.observe(seen, F.count(F.lit(1)).alias("_rows"), *columns))
-        if table is not None and table.num_rows <= limit:
+        first = rows if size is not None else rows.limit(limit + 1)
+        table = _on_driver(first.observe(seen, F.count(F.lit(1)).alias("_rows"), *columns), limit)
+        if table is not None:
             observed = seen.get if table.num_rows else {}
             return Cut.of(rows.sparkSession, table, rows.schema, {name: observed.get(name) for name in totals})
     try:
@@ -145,15 +145,15 @@ def cut(
 
 def few(rows: DataFrame, limit: int = LOCAL_ROWS) -> pa.Table | None:
     """The rows, in one job of one task; None where they are more than `limit`, or too many bytes for the driver."""
-    table = _on_driver(rows.coalesce(1).limit(limit + 1))
-    return table if table is not None and table.num_rows <= limit else None
+    return _on_driver(rows.coalesce(1).limit(limit + 1), limit)
 
 
-def _on_driver(rows: DataFrame) -> pa.Table | None:
-    """The rows; None where they are too many bytes for the driver."""
+def _on_driver(rows: DataFrame, limit: int) -> pa.Table | None:
+    """The rows; None where they are more than `limit`, or too many bytes for the driver."""
     try:
-        return rows.toArrow()
+        table = rows.toArrow()
     except Exception as error:
         if "spark.driver.maxResultSize" not in str(error):
             raise
         return None
+    return table if table.num_rows <= limit else None

@@ -39,11 +39,11 @@ class Merge:
 
 @dataclass(frozen=True)
 class Replacement:
-    """Rows that take the place of all that a table holds of their users, of those for whom they are newer.
+    """Users' rows that take the place of all that a table holds of the same users, where their revision is higher.
 
-    key: columns that tell the table's rows apart, user_id among them; each user has one revision in the table, and one
-    in the rows. absent: a column that is null in rows which the users no longer have; they cover, so, all rows that a
-    user may have had. None where each user has one row.
+    All rows of a user have one revision, in the table and among the new ones. key: columns that tell the table's rows
+    apart, user_id among them. absent: None where each user has one row. Else a column: a new row in which it is null
+    says that the user has no row of that key any more, and there is a new row for each key that the user may have had.
     """
 
     key: tuple[str, ...]

@@ -214,7 +214,7 @@ class Storage:
     def replace(
         self, spec: TableSpec, rows: DataFrame | Cut, replacement: Replacement, buckets: Sequence[int] | None
     ) -> None:
-        """Put rows in the place of older ones of their users; each user's in one commit, those of all in some.
+        """Put rows in the place of older ones of their users: each user's in one commit, many users' in several.
 
         Args:
             spec: the table.

@@ -106,7 +106,8 @@ def score_block(windows: Windows, vectors: np.ndarray, table: Prepared, sources:
 
     Args:
         windows: Of B users.
-        vectors: float32 [B, D], user vectors.
+        vectors: float32 [at least B, D], user vectors; more where they fill a block up, so that a user's cosines are
+            the same in any.
         table: The catalogue as the model sees it.
         sources: Of the model.
         full: Whether what the ranker reads is wanted too: members and sources stay empty otherwise.
@@ -114,7 +115,7 @@ def score_block(windows: Windows, vectors: np.ndarray, table: Prepared, sources:
 
     def cosines(users: np.ndarray, items: np.ndarray) -> np.ndarray:
         # numpy's BLAS has threads of its own, which get into each other's way where blocks are computed side by side.
-        similarities = (torch.from_numpy(users) @ torch.from_numpy(items).T).numpy()
+        similarities = (torch.from_numpy(users) @ torch.from_numpy(items).T).numpy()[: len(windows)]
         similarities[:, table.withdrawn] = -np.inf
         exclude(similarities, windows.seen, windows.seen_offsets)
         return np.asarray(similarities)

@@ -29,11 +29,11 @@ def empty_lists(users: int, k: int, width: int) -> Lists:
 def recommend_block(
     windows: Windows, vectors: np.ndarray, table: Prepared, sources: Sources, ranker: Ranker | None, k: int
 ) -> Lists:
-    """Lists of one block; Model.recommend states the contract."""
+    """Lists of one block; Model.recommend states the contract. vectors: as in score_block."""
     count, items = len(windows), len(table.catalogue)
     k_found = min(k, items)
     lists = empty_lists(count, k, vectors.shape[1])
-    lists.vectors[:] = vectors
+    lists.vectors[:] = vectors[:count]
     has_window = np.asarray((windows.items > 0).any(1))
     scores = score_block(windows, vectors, table, sources, ranker is not None)
     values: np.ndarray | None = None
