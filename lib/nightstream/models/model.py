@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -131,7 +132,7 @@ class Model:
             lists = recommend_block(block.slice(0, count), vectors, table, self.sources, ranker, k)
             return [lists.rows, lists.scores, lists.strategies, lists.because, lists.vectors]
 
-        with ThreadPoolExecutor(threads) as pool:
+        with _one_core_each(threads) as pool:
             parts = list(pool.map(arrays, _blocks(self._fit_windows(windows))))
         if not parts:
             return empty_lists(0, k, self.width)
@@ -180,6 +181,17 @@ class Model:
                 user = member.sequence.last(batch).numpy()
             parts.append(user * np.float32(member.weight**0.5))
         return unit(np.concatenate(parts, 1))
+
+
+@contextmanager
+def _one_core_each(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads in which torch has none of its own: those would get into the other blocks' way."""
+    own = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(own)
 
 
 def _encode_items(encoder: ItemEncoder, features: ItemFeatures, ids: np.ndarray) -> np.ndarray:

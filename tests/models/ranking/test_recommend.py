@@ -64,18 +64,24 @@ def test_candidates_and_columns_are_those_of_dense_arrays() -> None:
     kinds = UserFeatures(np.zeros((400, 0), np.float32), (rng.integers(1, 4, (400, 1)).astype(np.int32),), (4,))
     sources = fit_sources(replace(sequences, users=kinds), known, (TRAIN,), SourceSizes())
     order = rng.permutation(known + unmet)
-    catalogue = catalogue_of(unit(rng.normal(size=(known + unmet, 2 * WIDTH)).astype(np.float32)))
+    members = [("gru", WIDTH, 0.7), ("cnn", WIDTH, 0.3)]
+
+    def vectors_of(count: int) -> np.ndarray:
+        """As Model has them: each member's unit vectors times the root of its weight, side by side."""
+        parts = [unit(rng.normal(size=(count, width)).astype(np.float32)) * w**0.5 for _, width, w in members]
+        return np.concatenate(parts, 1).astype(np.float32)
+
+    catalogue = catalogue_of(vectors_of(known + unmet))
     catalogue = replace(catalogue, available=rng.random(known + unmet) > 0.1)
     ids = np.asarray(catalogue.item_ids)
     row_of = {ids[place]: row for row, place in enumerate(order[:known], 1)}
-    members = [("gru", WIDTH, 0.7), ("cnn", WIDTH, 0.3)]
     table = prepare(catalogue, row_of, members, sources)
     popular = np.argsort(-table.log_popularity)
     seen = [(popular[: 40 * u] + 1).tolist() for u in range(users)]
     windows = make_windows(
         [(popular[5 * u : 7 * u] + 1).tolist() for u in range(users)], users=kinds.take(np.arange(users)), seen=seen
     )
-    vectors = unit(rng.normal(size=(users, 2 * WIDTH)).astype(np.float32))
+    vectors = vectors_of(users)
     scores = score_block(windows, vectors, table, sources, True)
     columns = candidates(scores, table, sources, 5)
     values = features(scores, table, windows, sources, columns)

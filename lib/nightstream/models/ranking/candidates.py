@@ -113,24 +113,31 @@ def score_block(windows: Windows, vectors: np.ndarray, table: Prepared, sources:
         full: Whether what the ranker reads is wanted too: members and sources stay empty otherwise.
     """
 
-    def cosines(users: np.ndarray, items: np.ndarray) -> np.ndarray:
+    def cosines(users: np.ndarray, items: np.ndarray) -> torch.Tensor:
         # numpy's BLAS has threads of its own, which get into each other's way where blocks are computed side by side.
-        similarities = (torch.from_numpy(users) @ torch.from_numpy(items).T).numpy()[: len(windows)]
-        similarities[:, table.withdrawn] = -np.inf
-        exclude(similarities, windows.seen, windows.seen_offsets)
-        return np.asarray(similarities)
+        return (torch.from_numpy(users) @ torch.from_numpy(items).T)[: len(windows)]
 
-    ensemble = cosines(vectors, table.catalogue.vectors)
+    def eligible(similarities: torch.Tensor) -> np.ndarray:
+        scores = similarities.numpy()
+        scores[:, table.withdrawn] = -np.inf
+        exclude(scores, windows.seen, windows.seen_offsets)
+        return np.asarray(scores)
+
     if not full:
-        return Scores(ensemble, (), {})
+        return Scores(eligible(cosines(vectors, table.catalogue.vectors)), (), {})
     members = []
     start = 0
     for padded in table.padded_members:
         width = padded.shape[1]
         members.append(cosines(unit(vectors[:, start : start + width]), padded[1:]))
         start += width
+    # That of the whole vectors is the weighted mean of the members' cosines, and an addition costs less than a product.
+    ensemble = members[0] * table.weights[0]
+    for similarities, weight in zip(members[1:], table.weights[1:], strict=True):
+        ensemble.add_(similarities, alpha=weight)
     said = {name: source.user_scores(table, windows) for name, source in sources.fitted.items()}
-    return Scores(ensemble, tuple(members), {name: scores for name, scores in said.items() if scores is not None})
+    known = tuple(eligible(similarities) for similarities in members)
+    return Scores(eligible(ensemble), known, {name: scores for name, scores in said.items() if scores is not None})
 
 
 def candidates(scores: Scores, table: Prepared, sources: Sources, k: int) -> np.ndarray:
@@ -188,7 +195,7 @@ def strongest_columns(matrix: sparse.csr_matrix, eligible: np.ndarray, count: in
     """The columns of the greatest entries above 0 of each row; of equals the lower, so that a row's result is its own.
 
     Args:
-        matrix: CSR [B, M].
+        matrix: CSR [B, M], columns in ascending order.
         eligible: bool [B, M].
         count: Columns per row.
 
@@ -198,7 +205,8 @@ def strongest_columns(matrix: sparse.csr_matrix, eligible: np.ndarray, count: in
     owner = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
     kept = (matrix.data > 0) & eligible[owner, matrix.indices]
     owner, columns, values = owner[kept], matrix.indices[kept], matrix.data[kept]
-    order = np.lexsort((columns, -values, owner))
+    # Stable, so of equals the lower column stays first.
+    order = np.lexsort((-values, owner))
     owner, columns = owner[order], columns[order]
     starts = np.searchsorted(owner, np.arange(matrix.shape[0]))
     place = np.arange(len(owner)) - starts[owner]
