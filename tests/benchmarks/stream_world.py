@@ -60,7 +60,7 @@ def made_settings(folder: Path, engine: str = "auto") -> Settings:
         "storage.engine": engine,
         "stream.path": folder / "stream",
         "stream.checkpoint": folder / "checkpoint",
-        "stream.max_per_trigger": 1_000,
+        "stream.max_per_trigger": 40,
         "training.epochs": 1,
     }
     document = settings.load([BASE], [f"{k}={v}" for k, v in changes.items()]).model_dump(mode="json")

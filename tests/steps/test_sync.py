@@ -24,7 +24,7 @@ import refreshes
 import yaml
 from nightstream import cli
 from nightstream.runtime.settings import Settings, validate
-from nightstream.serving import key_value
+from nightstream.serving import key_value, targets
 from nightstream.serving.key_value import Record
 from nightstream.steps.sync import run
 from servers import Postgres, Redis
@@ -48,7 +48,7 @@ class Copy:
         return validate(document)
 
     def target(self) -> key_value.Target:
-        target = key_value.target_of(self.kind, self.server.url, self.name, f"{self.name}:")
+        target = targets.target_of(self.kind, self.server.url, self.name, f"{self.name}:")
         target.connect()
         return target
 
@@ -154,9 +154,6 @@ def commits(root: str, numbers: range, users: int = 40, seed: int = 5) -> None:
         refreshes.append(root, refreshes.rows((f"u{user}", rng.randrange(1, 10_000)) for user in chosen))
 
 
-# --- one target, asked directly
-
-
 @pytest.mark.slow
 def test_only_a_higher_revision_is_written(copy):
     def record(user: str, revision: int) -> Record:
@@ -201,9 +198,6 @@ def test_what_a_target_cannot_hold_keeps_nothing_else_back(copy):
     made = [Record(user, 1, "v", refreshes.START, refreshes.START, "[]") for user in ("a", bad, "c", "d", "e")]
     done = target.write(made)
     assert (done.users, done.refused) == ({"a", "c", "d", "e"}, 1)
-
-
-# --- the command
 
 
 @pytest.mark.slow
@@ -394,9 +388,6 @@ def test_spark_starts_only_where_tables_lie_elsewhere(overrides, variable, by_sp
 class Session:
     def stop(self) -> None:
         pass
-
-
-# --- the way of Spark
 
 
 @pytest.mark.slow

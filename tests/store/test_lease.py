@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
+import pyarrow as pa
 import pytest
 from nightstream.errors import WriterBusyError
+from nightstream.runtime.settings import validate
 from nightstream.store import lease
+from nightstream.store.storage import Storage
+from nightstream.store.tables import WRITER_LEASE
 
 NOW = datetime(2024, 5, 1, tzinfo=UTC)
 
@@ -64,3 +70,31 @@ def test_a_holder_that_lost_it_may_not_write_on(storage):
             refused()
     # What went wrong before is what is told.
     held.__exit__(RuntimeError, None, None)
+
+
+def slept(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    time.sleep(0.25)
+    yield from batches
+
+
+@pytest.mark.parametrize("by_spark", [False, True])
+def test_its_renewal_does_not_wait_for_the_tasks_of_a_night(spark, settings, by_spark):
+    """A hundred tasks that sleep on two slots hold up everything behind them for twelve seconds."""
+    document = settings.model_dump(mode="json")
+    if by_spark:
+        spark.sql("CREATE DATABASE night_catalog")
+        document["storage"] |= {"kind": "catalog", "root": "night_catalog"}
+    storage = Storage(spark, validate(document).storage)
+    tasks = spark.range(0, 100, 1, 100).mapInArrow(slept, "id long")
+    try:
+        # A MERGE by Spark may take some seconds itself.
+        with lease.Lease(storage, "a", "nightly", 12 if by_spark else 5, 3, wait=False) as held:
+            night = threading.Thread(target=tasks.count)
+            before = storage.version(WRITER_LEASE)
+            night.start()
+            night.join()
+            held.check()
+            assert storage.version(WRITER_LEASE) - before >= 2
+    finally:
+        if by_spark:
+            spark.sql("DROP DATABASE night_catalog CASCADE")

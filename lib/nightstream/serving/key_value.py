@@ -11,33 +11,28 @@ import importlib
 import json
 import logging
 import math
-import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from statistics import median
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
-from urllib.parse import urlsplit
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nightstream.errors import MachineError, NightstreamError, SettingsError, TableError
+from nightstream.errors import MachineError, NightstreamError
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
-Kind = Literal["postgresql", "redis"]
 
 COLUMNS = ("user_id", "revision", "model_version", "as_of", "refreshed_at", "items")
-SCHEMES = {"postgresql": ("postgresql", "postgres"), "redis": ("redis", "rediss", "unix")}
 # Users whose revision is remembered while a table is read; the rows of others go to the target, which knows.
 MOST_KNOWN = 500_000
 MOST_DELAYS = 5_000
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0
-_CONNECT_SECONDS, _ANSWER_SECONDS = 5, 30
+CONNECT_SECONDS, ANSWER_SECONDS = 5, 30
 _TIME = pa.timestamp("us", tz="UTC")
 
 
@@ -119,37 +114,6 @@ class Target(Protocol):
         """Keep a new position, if `before` is the present one; returns whether it was."""
 
     def close(self) -> None: ...
-
-
-def target_of(kind: Kind, url: str, table: str, prefix: str) -> Target:
-    """The target, not connected yet.
-
-    Args:
-        kind: of the server.
-        url: its address, with the password in it.
-        table: name in PostgreSQL, with its schema or without.
-        prefix: what stands before the user's id in a key of Redis.
-
-    Returns:
-        A target; it may be made anew in a process elsewhere from the same arguments.
-
-    Raises:
-        SettingsError: the address is none of such a server. It is not shown.
-    """
-    schemes = SCHEMES[kind]
-    scheme, _, rest = url.partition("://")
-    # The clients would take a part of such a password for a host or a port, and name it in their errors.
-    if scheme not in schemes or rest.count("@") != re.split("[/?#]", rest)[0].count("@") or rest.count("@") > 1:
-        example = "postgresql://user:${env:NAME}@host:5432/database"
-        if kind == "redis":
-            example = "redis://user:${env:NAME}@host:6379/0"
-        raise SettingsError(
-            [
-                f"sync.url is no address for sync.target {kind}; write {example}, "
-                "and what is neither letter nor digit in a password as %40, %2F, …"
-            ]
-        )
-    return PostgresTarget(url, table) if kind == "postgresql" else RedisTarget(url, prefix)
 
 
 def newer(batch: pa.RecordBatch, known: dict[str, int]) -> pa.RecordBatch:
@@ -332,251 +296,6 @@ def sleep(seconds: float, stop: Callable[[], bool]) -> None:
         time.sleep(min(left, 0.1))
 
 
-class PostgresTarget:
-    """A table with one row per user, made where it is missing; the row of the empty user id holds the position, so who
-    empties the table has it filled again.
-
-    The items are of type json, which keeps them as they are, and not of jsonb, which refuses some characters.
-    """
-
-    def __init__(self, url: str, table: str) -> None:
-        self.connections = 0
-        self._table = table.split(".")
-        self._psycopg = _module("psycopg", "PostgreSQL")
-        try:
-            given = importlib.import_module("psycopg.conninfo").conninfo_to_dict(url)
-        except self._psycopg.ProgrammingError:
-            # Its text may hold a part of the password.
-            raise SettingsError(
-                ["sync.url cannot be read; write postgresql://user:${env:NAME}@host:5432/database"]
-            ) from None
-        # A server that vanished without a word is given up after a while.
-        defaults = {
-            "connect_timeout": _CONNECT_SECONDS,
-            "tcp_user_timeout": _ANSWER_SECONDS * 1000,
-            "application_name": "nightstream sync",
-        }
-        self._given = {**defaults, **given}
-        place = f"{given.get('host', 'localhost')}:{given.get('port', 5432)}"
-        self.name = f"PostgreSQL at {place}, database {given.get('dbname', given.get('user', ''))}"
-        self._connection: Any = None
-
-    def connect(self) -> None:
-        self.close()
-        with self._errors():
-            # Statements are not prepared: poolers such as pgbouncer lose them.
-            self._connection = self._psycopg.connect(autocommit=True, prepare_threshold=None, **self._given)
-            self.connections += 1
-            self._make()
-
-    def write(self, records: Sequence[Record]) -> Written:
-        # In one order, so that two processes never wait for each other.
-        ordered = sorted(records, key=lambda record: record.user_id)
-        columns = [[getattr(record, name) for record in ordered] for name in COLUMNS]
-        try:
-            with self._errors():
-                return Written(frozenset(user for (user,) in self._rows(_UPSERT, columns)))
-        except _Unfit as error:
-            if len(ordered) == 1:
-                log.warning("PostgreSQL cannot hold a user's row: %s", error, extra={"length": len(ordered[0].items)})
-                return Written(frozenset(), 1)
-            half = len(ordered) // 2
-            return self.write(ordered[:half]).and_of(self.write(ordered[half:]))
-
-    def position(self) -> str | None:
-        with self._errors():
-            rows = self._rows("SELECT items::text FROM {table} WHERE user_id = ''")
-        return rows[0][0] if rows else None
-
-    def move(self, before: str | None, after: str) -> bool:
-        with self._errors():
-            if before is None:
-                return bool(self._rows(_FIRST_MOVE, [after]))
-            return bool(self._rows(_MOVE_ON, [after, before]))
-
-    def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-    def _make(self) -> None:
-        # Whoever may not create tables is still welcome to one that is there.
-        if self._rows("SELECT to_regclass({text})")[0][0] is None:
-            # Another process may be making it at the same moment.
-            with suppress(self._psycopg.errors.UniqueViolation):
-                self._run(f"CREATE TABLE IF NOT EXISTS {{table}} ({_TABLE})")
-        try:
-            self._run(f"SELECT {', '.join(COLUMNS)} FROM {{table}} LIMIT 0")
-        except self._psycopg.errors.UndefinedColumn as error:
-            raise TableError(
-                f"the table {'.'.join(self._table)} in {self.name} is another one ({_first_line(error)}); "
-                "drop it or name another in sync.table"
-            ) from error
-
-    def _run(self, statement: str, values: Sequence[Any] | None = None) -> Any:
-        sql = self._psycopg.sql
-        table = sql.Identifier(*self._table)
-        text = sql.Literal(table.as_string())
-        return self._connection.execute(sql.SQL(statement).format(table=table, text=text), values)
-
-    def _rows(self, statement: str, values: Sequence[Any] | None = None) -> list[Any]:
-        return self._run(statement, values).fetchall()
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Errors of psycopg as those of a Target."""
-        kinds = self._psycopg.errors
-        try:
-            yield
-        except (self._psycopg.DataError, kinds.ProgramLimitExceeded) as error:
-            raise _Unfit(_first_line(error)) from error
-        # A table that was dropped is made anew; a standby takes no writes until it is promoted.
-        except (
-            self._psycopg.OperationalError,
-            self._psycopg.InterfaceError,
-            self._psycopg.InternalError,
-            kinds.UndefinedTable,
-        ) as error:
-            raise Unreachable(f"{self.name} does not answer ({_first_line(error)})") from error
-        except self._psycopg.Error as error:
-            raise MachineError(
-                f"{self.name} refuses the table {'.'.join(self._table)} ({_first_line(error)}); "
-                "grant the user of sync.url what is missing, or name another in sync.table"
-            ) from error
-
-
-class _Unfit(Exception):
-    """PostgreSQL cannot hold a value."""
-
-
-_TABLE = (
-    "user_id text PRIMARY KEY, revision bigint NOT NULL, model_version text, as_of timestamptz, "
-    "refreshed_at timestamptz, items json NOT NULL"
-)
-# %b: psycopg writes an array of texts ten times as fast in binary.
-_UPSERT = (
-    "INSERT INTO {table} AS t (user_id, revision, model_version, as_of, refreshed_at, items) "
-    "SELECT s.a, s.b, s.c, s.d, s.e, s.f::json FROM unnest("
-    "%b::text[], %s::bigint[], %s::text[], %s::timestamptz[], %s::timestamptz[], %b::text[]) AS s(a, b, c, d, e, f) "
-    "ON CONFLICT (user_id) DO UPDATE SET revision = excluded.revision, model_version = excluded.model_version, "
-    "as_of = excluded.as_of, refreshed_at = excluded.refreshed_at, items = excluded.items "
-    "WHERE excluded.revision > t.revision RETURNING t.user_id"
-)
-_FIRST_MOVE = (
-    "INSERT INTO {table} (user_id, revision, items) VALUES ('', 0, %s) ON CONFLICT DO NOTHING RETURNING user_id"
-)
-_MOVE_ON = "UPDATE {table} SET items = %s WHERE user_id = '' AND items::text = %s RETURNING user_id"
-
-
-class RedisTarget:
-    """A hash with the fields of a record under <prefix><user_id>; the position is the string under the prefix alone,
-    for no user's id is empty."""
-
-    def __init__(self, url: str, prefix: str) -> None:
-        self.connections = 0
-        self._url, self._prefix = url, prefix
-        self._redis = _module("redis", "Redis")
-        try:
-            parts = urlsplit(url)
-            place = parts.path if parts.scheme == "unix" else f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
-        except ValueError:
-            # Its text may hold a part of the password.
-            raise SettingsError(["sync.url cannot be read; write redis://user:${env:NAME}@host:6379/0"]) from None
-        self.name = f"Redis at {place}"
-        self._client: Any = None
-
-    def connect(self) -> None:
-        self.close()
-
-        def count(connection: Any) -> None:
-            # The client also reconnects without a word.
-            self.connections += 1
-            connection.on_connect()
-
-        retry = importlib.import_module("redis.retry").Retry(importlib.import_module("redis.backoff").NoBackoff(), 0)
-        with self._errors():
-            self._client = self._redis.Redis.from_url(
-                self._url,
-                decode_responses=True,
-                protocol=2,
-                redis_connect_func=count,
-                retry=retry,
-                socket_connect_timeout=_CONNECT_SECONDS,
-                socket_timeout=_ANSWER_SECONDS,
-                client_name="nightstream-sync",
-            )
-            self._write, self._move = (self._client.register_script(text) for text in (_WRITE, _MOVE))
-            self._client.ping()
-
-    def write(self, records: Sequence[Record]) -> Written:
-        users, refused = set(), 0
-        with self._errors():
-            pipe = self._client.pipeline(transaction=False)
-            for record in records:
-                self._write(keys=[f"{self._prefix}{record.user_id}"], args=_fields(record), client=pipe)
-            answers = pipe.execute(raise_on_error=False)
-            for record, answer in zip(records, answers, strict=True):
-                if isinstance(answer, Exception):
-                    if not str(answer).startswith("WRONGTYPE"):
-                        raise answer
-                    refused += 1
-                elif answer:
-                    users.add(record.user_id)
-        if refused:
-            log.warning("other values have keys of ours: choose another sync.prefix", extra={"refused": refused})
-        return Written(frozenset(users), refused)
-
-    def position(self) -> str | None:
-        with self._errors():
-            return self._client.get(self._prefix)
-
-    def move(self, before: str | None, after: str) -> bool:
-        with self._errors():
-            return bool(self._move(keys=[self._prefix], args=[before or "", after]))
-
-    def close(self) -> None:
-        if self._client is not None:
-            self._client.close()
-            self._client = None
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Errors of the client as those of a Target."""
-        kinds = self._redis.exceptions
-        try:
-            yield
-        except (kinds.NoPermissionError, kinds.MovedError) as error:
-            raise MachineError(
-                f"{self.name} refuses keys with the prefix {self._prefix} ({_first_line(error)}); name in sync.url a "
-                "server that is no cluster, and a user who may read and write them and run scripts"
-            ) from error
-        except kinds.ResponseError as error:
-            raise Unreachable(f"{self.name} refuses what it is asked ({_first_line(error)})") from error
-        except kinds.RedisError as error:
-            raise Unreachable(f"{self.name} does not answer ({_first_line(error)})") from error
-
-
-# Revisions are compared as decimal digits: Lua's numbers are doubles.
-_WRITE = """
-local there, new = redis.call('HGET', KEYS[1], 'revision'), ARGV[1]
-if there and (#new < #there or (#new == #there and new <= there)) then return 0 end
-redis.call('HSET', KEYS[1], 'revision', new, 'model_version', ARGV[2], 'as_of', ARGV[3], 'refreshed_at', ARGV[4],
-  'items', ARGV[5])
-return 1
-"""
-_MOVE = """
-if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[1], ARGV[2])
-return 1
-"""
-
-
-def _fields(record: Record) -> list[Any]:
-    """The values that _WRITE takes; what is null is empty."""
-    times = ("" if time is None else time.isoformat() for time in (record.as_of, record.refreshed_at))
-    return [record.revision, record.model_version or "", *times, record.items]
-
-
 def position_in(target: Target, table: str) -> tuple[str | None, Position | None]:
     """The position of a target, as it is kept and as it reads. Raises NightstreamError for one of another table."""
     text = target.position()
@@ -591,7 +310,8 @@ def position_in(target: Target, table: str) -> tuple[str | None, Position | None
     return text, position
 
 
-def _module(name: str, server: str) -> Any:
+def client_module(name: str, server: str) -> Any:
+    """The client of a server. Raises MachineError where Python lacks it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -630,5 +350,6 @@ def _json(part: list[dict[str, Any]]) -> str:
         return json.dumps(finite, ensure_ascii=False, separators=(",", ":"), default=str)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a client says of an error, without the rest of it."""
     return str(error).strip().splitlines()[0].strip() if str(error).strip() else type(error).__name__

@@ -26,8 +26,8 @@ from nightstream.errors import SettingsError, TableError
 from nightstream.runtime import secrets
 from nightstream.runtime.clock import utc_now
 from nightstream.runtime.settings import Settings, SyncSettings
-from nightstream.serving import key_value
-from nightstream.serving.key_value import COLUMNS, Kind, Patient, Position, Stopped, Tally, Target
+from nightstream.serving import key_value, targets
+from nightstream.serving.key_value import COLUMNS, Patient, Position, Stopped, Tally, Target
 from nightstream.store.delta_rs import DeltaRs
 from nightstream.store.tables import REFRESHES
 
@@ -80,7 +80,7 @@ def run(
     progress = _Progress(Tally(utc_now()), stop)
     sync = settings.sync
     kind, url = _server(sync)
-    target_there = key_value.target_of(kind, url, sync.table, sync.prefix)
+    target_there = targets.target_of(kind, url, sync.table, sync.prefix)
     with closing(Patient(target_there, sync.retry_seconds, stop)) as target:
         try:
             if spark is None:
@@ -292,7 +292,7 @@ def _lost(target: Target, table: str) -> tuple[str | None, int | None]:
     return kept, at
 
 
-def _server(sync: SyncSettings) -> tuple[Kind, str]:
+def _server(sync: SyncSettings) -> tuple[targets.Kind, str]:
     """The kind of the server, and its address with the secrets in it. Raises SettingsError for what is missing."""
     if sync.target is None or sync.url is None:
         missing = "sync.target: write postgresql or redis" if sync.target is None else "sync.url: write its address"
@@ -323,7 +323,7 @@ class WriteBatch:
     reader: str
     run_id: str
     since: datetime
-    kind: Kind
+    kind: targets.Kind
     url: str = field(repr=False)
 
     def __call__(self, rows: DataFrame, batch_id: int) -> None:
@@ -347,7 +347,7 @@ class WriteBatch:
     def target(self) -> Patient:
         progress = _RUNS.get(self.run_id)
         stop = (lambda: False) if progress is None else progress.stop
-        target = key_value.target_of(self.kind, self.url, self.sync.table, self.sync.prefix)
+        target = targets.target_of(self.kind, self.url, self.sync.table, self.sync.prefix)
         return Patient(target, self.sync.retry_seconds, stop)
 
     def write(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
