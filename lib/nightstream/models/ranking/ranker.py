@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import xgboost as xgb
@@ -16,6 +17,7 @@ import xgboost as xgb
 from nightstream.errors import ArtifactError
 from nightstream.models.ranking.linear_ranker import Linear, fit_linear
 from nightstream.models.ranking.rank_features import RankerFeatures
+from nightstream.models.ranking.tree_paths import TreePaths
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,12 @@ class Ranker:
         return np.asarray(self.booster.inplace_predict(features), np.float32) + self.linear.score(features)
 
     def contributions(self, features: np.ndarray) -> np.ndarray:
-        """float32 [N, F]: what each feature added to the score, against an average candidate and on its way down the
-        trees (Saabas, 2014)."""
-        if not len(features):
-            return np.zeros((0, features.shape[1]), np.float32)
-        matrix = xgb.DMatrix(features, nthread=1)
-        out = self.booster.predict(matrix, pred_contribs=True, approx_contribs=True)
-        return np.asarray(out[:, :-1], np.float32) + self.linear.contributions(features)
+        """float32 [N, F]: what each feature added to the score, against an average candidate."""
+        return self._paths.contributions(features) + self.linear.contributions(features)
+
+    @cached_property
+    def _paths(self) -> TreePaths:
+        return TreePaths(self.booster)
 
     def to_bytes(self) -> bytes:
         """UBJ; the linear part and the names of the columns are attributes of the booster."""
