@@ -120,8 +120,8 @@ class Model:
         """The k best eligible items of each user, min(k, eligible) for everyone, also with an empty window.
 
         Eligible are available items that are not in a user's seen. A pure function of its arguments: no clock, no
-        randomness, and a user's list is the same in any batch, because all blocks have one shape. threads: blocks that
-        are computed at a time.
+        randomness, and a user's list is the same in any batch, because all blocks are encoded in one shape.
+        threads: blocks that are computed at a time. Calls must not overlap.
         """
         table = self.table(catalogue)
         ranker = self.ranker if self.ranker_enabled else None

@@ -75,8 +75,12 @@ class StartCache:
 
     def keep(self, jvm: subprocess.Popen[Any]) -> bool:
         """Wait until the JVM has ended and has written the archive; whether it has."""
-        with suppress(subprocess.TimeoutExpired), console.working(lambda: "writing the archive of Spark's classes"):
-            jvm.wait(_LONGEST_SECONDS)
+        try:
+            with console.working(lambda: "writing the archive of Spark's classes"):
+                jvm.wait(_LONGEST_SECONDS)
+        except subprocess.TimeoutExpired:
+            jvm.kill()
+            return False
         try:
             os.replace(self._written, self.archive)
         except OSError:

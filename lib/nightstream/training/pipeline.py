@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import load_file as load_tensors
 
 from nightstream.errors import ArtifactError
@@ -188,7 +189,8 @@ def measure_targets(
 ) -> np.ndarray:
     """int64 [T]: each target event's rank in the list that its user would have had just before it, 0 = not in it."""
     windows = batching.windows_before(sequences, targets, model.window_length)
-    return ranking_metrics.target_ranks(model.recommend(windows, catalogue, k).rows, sequences.items[targets])
+    lists = model.recommend(windows, catalogue, k, torch.get_num_threads())
+    return ranking_metrics.target_ranks(lists.rows, sequences.items[targets])
 
 
 def _measure(model: Model, sequences: Sequences, catalogue: Catalogue, targets: np.ndarray) -> dict[str, float]:

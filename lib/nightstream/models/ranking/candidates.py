@@ -136,6 +136,9 @@ def score_block(windows: Windows, vectors: np.ndarray, table: Prepared, sources:
     for similarities, weight in zip(members[1:], table.weights[1:], strict=True):
         ensemble.add_(similarities, alpha=weight)
     said = {name: source.user_scores(table, windows) for name, source in sources.fitted.items()}
+    for found in said.values():
+        if found is not None:
+            found.sort_indices()
     known = tuple(eligible(similarities) for similarities in members)
     return Scores(eligible(ensemble), known, {name: scores for name, scores in said.items() if scores is not None})
 
