@@ -232,7 +232,7 @@ def warm_up(files: Files, overrides: Overrides = None, log_json: Json = False) -
     """Make Spark start faster on this machine, from the next command on.
 
     Fetches Spark's packages where they are not here yet, and archives the classes of its JVM in the folder
-    spark.cache, some 200 MB. To be run once after an installation or an upgrade, or while an image is built.
+    spark.cache, some 200 MB. Run it once after an installation or an upgrade.
     """
     _run("warm_up", files, overrides, log_json, needs_spark=lambda loaded: False)
 

@@ -36,7 +36,7 @@ EVENTS, USERS_PER_BATCH = 500, 200
 WARM = 4
 FILES_PER_SECOND = 4
 GROWING = 0.05  # seconds of delay per second
-BEHIND = 1 / 3  # of the time that a rate lasts; a stream so far behind works through it in one micro-batch
+BEHIND = 1 / 3  # of the time that a rate lasts; delays need not grow where a stream so far behind catches up in one go
 FLAT = 0.1  # growth of memory, from the second tenth of the micro-batches to the last
 
 
@@ -63,8 +63,8 @@ def measured(
 
 
 def sustained(stream: Stream, seconds: float, first_rate: int) -> list[dict[str, float]]:
-    """Delays at rates each of which is twice the one before; at the last one the delay grows in both of two tries: what
-    a MERGE delays at the end of a try is no growth."""
+    """Delays at rates each of which is twice the one before; the last one is too high in both of two tries: what a
+    MERGE delays at the end of a try is no growth."""
     rates: list[dict[str, float]] = []
     rate = first_rate
     while True:
@@ -72,7 +72,7 @@ def sustained(stream: Stream, seconds: float, first_rate: int) -> list[dict[str,
             found = {"rate": float(rate), **at_rate(stream, rate, seconds)}
             console.say(
                 f"{rate} events/s: p50 {found['p50']:.2f} s, p95 {found['p95']:.2f} s, p99 {found['p99']:.2f} s, "
-                f"delay grows by {found['slope']:.3f} s/s"
+                f"delay grows by {found['slope']:.3f} s/s{', too high' if found['too_high'] else ''}"
             )
             if not found["too_high"]:
                 break

@@ -46,8 +46,8 @@ def around(*writes: str) -> list[str]:
 # Between any two writes of a micro-batch: of those side by side, each is once the first and once the last. The end of
 # the batch lies before the MERGEs that follow it, and before Spark notes in the checkpoint that the batch is done.
 # The MERGEs come twice: at a start, of what the process before has left, and after a micro-batch, where nothing is.
-PLACES = [*around(*APPENDS), *around(*MERGES), "after batch stream"]
-PLACES += [place for merge in around(*MERGES) for place in ("before append refreshes", merge)]
+DEATHS = [[place] for place in (*around(*APPENDS), *around(*MERGES), "after batch stream")]
+DEATHS += [["before append refreshes", merge] for merge in around(*MERGES)]
 START_SECONDS = 12.0
 ENGINES = ("spark", "delta-rs")
 
@@ -148,13 +148,13 @@ def killed(night, tmp_path, places: list[str], moments: int, seed: int, engine: 
 
 @pytest.mark.slow
 def test_killed_at_a_drawn_write_and_a_drawn_moment_it_ends_in_the_undisturbed_state(night, tmp_path, drawn):
-    killed(night, tmp_path, [drawn.choice(PLACES)], 1, drawn.randrange(10**6), drawn.choice(ENGINES))
+    killed(night, tmp_path, drawn.choice(DEATHS), 1, drawn.randrange(10**6), drawn.choice(ENGINES))
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("engine", ENGINES)
 def test_killed_at_every_write_it_ends_in_the_undisturbed_state(night, tmp_path, engine):
-    killed(night, tmp_path, PLACES, 0, 7, engine)
+    killed(night, tmp_path, [place for death in DEATHS for place in death], 0, 7, engine)
 
 
 @pytest.mark.faults

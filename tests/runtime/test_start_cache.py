@@ -117,7 +117,7 @@ def test_nothing_is_recorded_where_others_start_spark_or_nothing_can_be_kept(set
     from pyspark import SparkContext
 
     monkeypatch.setattr(SparkContext, "_gateway", None)
-    with pytest.raises(MachineError, match=r"spark\.cache is None"):
+    with pytest.raises(MachineError, match=r"spark\.cache is null"):
         session.record(settings.spark.model_copy(update={"cache": None}), lambda spark: None)
     with pytest.raises(MachineError, match="another process"):
         session.record(settings.spark.model_copy(update={"remote": "sc://127.0.0.1"}), lambda spark: None)

@@ -120,7 +120,8 @@ class Model:
         """The k best eligible items of each user, min(k, eligible) for everyone, also with an empty window.
 
         Eligible are available items that are not in a user's seen. A pure function of its arguments: no clock, no
-        randomness, and a user's list is the same in any batch, because all blocks are encoded in one shape.
+        randomness, and a user's list is the same in any batch, because encoding and cosines come in blocks
+        of one shape, and all else row by row.
         threads: blocks that are computed at a time. Calls must not overlap.
         """
         table = self.table(catalogue)

@@ -59,9 +59,14 @@ def build(
     """The running session where there is one (Databricks), one on the Spark Connect server that SPARK_REMOTE or
     spark.remote names, else one of our own, with Delta.
 
-    Under spark-submit its settings win over ours. `extra` are Spark settings on top of all.
-    record: whether the JVM writes down its classes, see `record`.
-    Raises MachineError for a missing or wrong Java, where the packages cannot be fetched and where no server answers.
+    Args:
+        settings: Of Spark; under spark-submit its own settings win over them.
+        app_name: What Spark calls the application.
+        extra: Spark settings on top of all.
+        record: Whether the JVM writes down its classes, see `record`.
+
+    Raises:
+        MachineError: Java is missing or another one, the packages cannot be fetched, or no server answers.
     """
     from pyspark.sql import SparkSession
 
@@ -104,12 +109,15 @@ def record(settings: SparkSettings, work: Callable[[Any], None]) -> Path:
 
     elsewhere = _GATEWAY[0] in os.environ or "DATABRICKS_RUNTIME_VERSION" in os.environ or _remote(settings)
     if elsewhere or SparkContext._gateway is not None:
-        raise MachineError("Spark is started by another process here, and nothing can make its start faster")
+        raise MachineError("Spark is started by another process here; run nightstream warm-up where this one starts it")
     cache = _cache_of(settings.cache, check_java(), _spark_home())
     if cache is None:
-        raise MachineError(f"spark.cache is {settings.cache}: name a folder that can be written")
+        raise MachineError(f"spark.cache is {settings.cache or 'null'}: name a folder that can be written")
     if not cache.can_archive:
-        raise MachineError("Java can't archive classes while files besides spark-defaults.conf lie in SPARK_CONF_DIR")
+        raise MachineError(
+            "Java archives no classes where Spark's conf folder holds more than spark-defaults.conf, or where "
+            "PYSPARK_SUBMIT_ARGS names a --properties-file; move those settings into spark-defaults.conf"
+        )
     session = build(settings, "nightstream warm-up", record=True)
     try:
         work(session)
@@ -122,7 +130,7 @@ def record(settings: SparkSettings, work: Callable[[Any], None]) -> Path:
     gateway.proc.stdin.close()
     if not cache.keep(gateway.proc):
         raise MachineError(
-            f"Java has not written {cache.archive}; starts are as slow as before, and nothing else is lost"
+            f"Java has not written {cache.archive}; look for room in its folder and run nightstream warm-up again"
         )
     return cache.archive
 

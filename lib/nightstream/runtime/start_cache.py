@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import subprocess
 from collections.abc import Iterator
@@ -19,8 +18,6 @@ from typing import Any
 
 from nightstream.files import write_atomically
 from nightstream.runtime import console
-
-log = logging.getLogger(__name__)
 
 _QUIET = "-Xshare:auto -XX:+VerifySharedSpaces -Xlog:cds=off -Xlog:cds+dynamic=off -Xlog:class+path=off"
 _DEFAULTS = "spark-defaults.conf"
@@ -33,7 +30,7 @@ class StartCache:
 
     def __init__(self, folder: Path, java: str, spark_home: Path) -> None:
         """java: what tells one Java from another, such as path and version. Raises OSError where the folder can't be
-        written."""
+        made."""
         self.folder = folder
         self._no_settings = folder / "no-settings"
         self._no_settings.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ _CLAUSES: dict[Action, str] = {
     "insert": "when_not_matched_insert_all",
     "delete": "when_matched_delete",
 }
-# Of 128 to 256 users each, with some kB a user: some hundred MB.
+# Up to two million users, of 128 to 256 users each: with some kB a user, some hundred MB.
 _BUCKETS_AT_A_TIME = 512
 TAKEN_OVER = "the tables were taken over by another process; start this process again"
 
@@ -91,8 +91,8 @@ class DeltaRs:
     ) -> None:
         """Put rows in the place of older ones of their users, by writing their buckets anew.
 
-        For nested columns: delta-rs's MERGE of these into many files takes time and memory out of all proportion. So
-        many buckets go into one commit as have room in memory.
+        For nested columns: delta-rs's MERGE of these into many files takes time and memory out of all proportion. At
+        most _BUCKETS_AT_A_TIME of them go into one commit, because their rows lie in memory.
 
         Args:
             spec: a table that is partitioned by buckets.

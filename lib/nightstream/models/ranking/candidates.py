@@ -107,7 +107,7 @@ def score_block(windows: Windows, vectors: np.ndarray, table: Prepared, sources:
     Args:
         windows: Of B users.
         vectors: float32 [at least B, D], user vectors; more where they fill a block up, so that a user's cosines are
-            the same in any.
+            the same in any block.
         table: The catalogue as the model sees it.
         sources: Of the model.
         full: Whether what the ranker reads is wanted too: members and sources stay empty otherwise.
@@ -135,12 +135,14 @@ def score_block(windows: Windows, vectors: np.ndarray, table: Prepared, sources:
     ensemble = members[0] * table.weights[0]
     for similarities, weight in zip(members[1:], table.weights[1:], strict=True):
         ensemble.add_(similarities, alpha=weight)
-    said = {name: source.user_scores(table, windows) for name, source in sources.fitted.items()}
-    for found in said.values():
-        if found is not None:
-            found.sort_indices()
-    known = tuple(eligible(similarities) for similarities in members)
-    return Scores(eligible(ensemble), known, {name: scores for name, scores in said.items() if scores is not None})
+    said = {}
+    for name, source in sources.fitted.items():
+        scores = source.user_scores(table, windows)
+        if scores is not None:
+            # A source may give them in any order.
+            scores.sort_indices()
+            said[name] = scores
+    return Scores(eligible(ensemble), tuple(eligible(similarities) for similarities in members), said)
 
 
 def candidates(scores: Scores, table: Prepared, sources: Sources, k: int) -> np.ndarray:
