@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from nightstream.errors import MachineError
-from nightstream.runtime import session
+from nightstream.runtime import session, start_cache
 from nightstream.runtime.start_cache import StartCache
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +65,37 @@ def test_a_jvm_that_wrote_none_leaves_nothing(tmp_path, spark_home):
     with subprocess.Popen(["false"]) as jvm:
         assert not cache.keep(jvm)
     assert cache.options() == ""
+
+
+def test_what_an_earlier_recording_left_is_no_archive(tmp_path, spark_home):
+    cache = StartCache(tmp_path, "java", spark_home)
+    cache.archive.with_suffix(".part").touch()
+    cache.discard_part()
+    cache.discard_part()
+    with subprocess.Popen(["true"]) as jvm:
+        assert not cache.keep(jvm)
+    assert cache.options() == ""
+
+
+def test_a_jvm_that_takes_too_long_is_ended_and_leaves_nothing(tmp_path, spark_home, monkeypatch):
+    monkeypatch.setattr(start_cache, "_LONGEST_SECONDS", 0.1)
+    cache = StartCache(tmp_path, "java", spark_home)
+    cache.archive.with_suffix(".part").touch()
+    with subprocess.Popen(["sleep", "60"]) as jvm:
+        assert not cache.keep(jvm)
+        assert jvm.returncode == -signal.SIGKILL
+    assert not list(tmp_path.glob("classes-*"))
+
+
+def test_an_archive_fits_jars_whose_times_were_cut_to_seconds(tmp_path, spark_home):
+    jar = spark_home / "jars" / "a.jar"
+    os.utime(jar, ns=(0, 5_123_456_789))
+    assert recorded(StartCache(tmp_path, "java", spark_home))
+    os.utime(jar, (0, 5))
+    assert "SharedArchiveFile" in StartCache(tmp_path, "java", spark_home).options()
+    jar.write_text("another")
+    os.utime(jar, (0, 5))
+    assert StartCache(tmp_path, "java", spark_home).options() == ""
 
 
 def test_the_default_settings_of_spark_are_given_by_name(tmp_path, spark_home, monkeypatch):

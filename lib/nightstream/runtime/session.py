@@ -118,6 +118,7 @@ def record(settings: SparkSettings, work: Callable[[Any], None]) -> Path:
             "Java archives no classes where Spark's conf folder holds more than spark-defaults.conf, or where "
             "PYSPARK_SUBMIT_ARGS names a --properties-file; move those settings into spark-defaults.conf"
         )
+    cache.discard_part()
     session = build(settings, "nightstream warm-up", record=True)
     try:
         work(session)

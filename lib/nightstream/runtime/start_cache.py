@@ -34,7 +34,9 @@ class StartCache:
         self.folder = folder
         self._no_settings = folder / "no-settings"
         self._no_settings.mkdir(parents=True, exist_ok=True)
-        jars = sorted((jar.name, jar.stat().st_mtime_ns) for jar in (spark_home / "jars").glob("*.jar"))
+        # In whole seconds: the layers of a container image keep no more.
+        found = ((jar.name, jar.stat()) for jar in (spark_home / "jars").glob("*.jar"))
+        jars = sorted((name, stat.st_size, int(stat.st_mtime)) for name, stat in found)
         self._fits = hashlib.sha256(f"{java} {spark_home} {jars}".encode()).hexdigest()[:16]
         self._conf = Path(os.environ.get("SPARK_CONF_DIR") or spark_home / "conf")
         self.archive = folder / f"classes-{self._fits}.jsa"
@@ -50,6 +52,10 @@ class StartCache:
         if self.can_archive and self.archive.exists():
             return f"{_QUIET} -XX:SharedArchiveFile={self.archive}"
         return ""
+
+    def discard_part(self) -> None:
+        """Delete what an earlier recording has left half-done."""
+        self._written.unlink(missing_ok=True)
 
     @contextmanager
     def environment(self) -> Iterator[None]:
@@ -77,6 +83,8 @@ class StartCache:
                 jvm.wait(_LONGEST_SECONDS)
         except subprocess.TimeoutExpired:
             jvm.kill()
+            jvm.wait()
+            self.discard_part()
             return False
         try:
             os.replace(self._written, self.archive)
