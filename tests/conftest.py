@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import random
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
@@ -70,13 +72,6 @@ def storage(spark, settings) -> Storage:
     return Storage(spark, settings.storage)
 
 
-def placed(document: dict, folder: Path) -> dict:
-    """A settings document with everything that is written below `folder`."""
-    document["storage"] |= {"root": str(folder / "tables"), "work_dir": str(folder / "work")}
-    document["stream"] |= {"path": str(folder / "stream"), "checkpoint": str(folder / "checkpoint")}
-    return document
-
-
 @pytest.fixture(scope="session")
 def night_once(spark, tmp_path_factory) -> tuple[Path, dict]:
     """The tables after one night on the made-up world, trained once for all tests; tests get copies."""
@@ -86,7 +81,7 @@ def night_once(spark, tmp_path_factory) -> tuple[Path, dict]:
     world.write_lines(folder / "users.jsonl", world.users())
     overrides = ["training.encoders=[gru]", "training.threads=1", "serving.top_k=5", "window.length=10"]
     document = load([ROOT / "conf" / "base.yaml"], overrides).model_dump(mode="json")
-    document = placed(document, folder) | {"sources": world.sources(folder)}
+    document = world.placed(document, folder) | {"sources": world.sources(folder)}
     nightly.run(spark, validate(document), datetime(2024, 1, 1, tzinfo=UTC))
     return folder, document
 
@@ -99,7 +94,17 @@ def night(spark, night_once, tmp_path):
     def installed(name: str) -> tuple[Storage, Settings]:
         target = tmp_path / name
         shutil.copytree(folder / "tables", target / "tables")
-        own = validate(placed(copy.deepcopy(document), target))
+        own = validate(world.placed(copy.deepcopy(document), target))
         return Storage(spark, own.storage), own
 
     return installed
+
+
+@pytest.fixture
+def drawn(capsys) -> random.Random:
+    """A draw of a short share of the faults: another in each run, by a seed that is printed and can be set."""
+    variable = "NIGHTSTREAM_FAULT_SEED"
+    seed = int(os.environ.get(variable) or random.SystemRandom().randrange(10**6))
+    with capsys.disabled():
+        print(f"\n{variable}={seed}")
+    return random.Random(seed)

@@ -139,6 +139,12 @@ def test_the_library_knows_no_job_and_no_test():
         assert not {name.split(".")[0] for name in imports(path)} & {"jobs", "streaming", "tests", "notebooks"}, path
 
 
+def test_no_test_imports_a_conftest():
+    # All of them are named `conftest` to Python, so an import may get another folder's.
+    for path in files_of("tests"):
+        assert "conftest" not in {name.split(".")[0] for name in imports(path)}, path
+
+
 @pytest.mark.parametrize("folder", ["lib", "jobs", "streaming", "notebooks"])
 def test_only_what_spark_connect_offers(folder):
     for path in files_of(folder):

@@ -87,3 +87,10 @@ def sources(folder: Path) -> dict[str, Any]:
             "numbers": [],
         },
     }
+
+
+def placed(document: dict, folder: Path) -> dict:
+    """A settings document with everything that is written below `folder`."""
+    document["storage"] |= {"root": str(folder / "tables"), "work_dir": str(folder / "work")}
+    document["stream"] |= {"path": str(folder / "stream"), "checkpoint": str(folder / "checkpoint")}
+    return document

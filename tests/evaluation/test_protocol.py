@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import world
-from conftest import ROOT, placed
 from nightstream.errors import SourceError
 from nightstream.runtime.settings import load, validate
 from nightstream.steps import evaluate
+
+ROOT = Path(__file__).parents[2]
 
 
 def settings_for(folder, rows):
@@ -20,7 +22,7 @@ def settings_for(folder, rows):
     world.write_lines(folder / "users.jsonl", world.users())
     overrides = ["training.encoders=[gru]", "training.epochs=3", "window.length=10"]
     document = load([ROOT / "conf" / "base.yaml"], overrides).model_dump(mode="json")
-    return validate(placed(document, folder) | {"sources": world.sources(folder)})
+    return validate(world.placed(document, folder) | {"sources": world.sources(folder)})
 
 
 @pytest.mark.slow

@@ -17,7 +17,6 @@ import pyspark
 import pytest
 import world
 import yaml
-from conftest import placed
 from deltalake import DeltaTable
 from nightstream.errors import NightstreamError
 from nightstream.runtime.settings import Settings
@@ -107,7 +106,7 @@ def test_what_follows_a_stream_in_this_process_is_refused_before_anything_is_tou
 def test_a_night_and_a_stream_on_a_server(settings, tmp_path):
     for name, made in (("events", world.events()), ("items", world.items()), ("users", world.users())):
         world.write_lines(tmp_path / f"{name}.jsonl", made)
-    document = placed(settings.model_dump(mode="json"), tmp_path) | {"sources": world.sources(tmp_path)}
+    document = world.placed(settings.model_dump(mode="json"), tmp_path) | {"sources": world.sources(tmp_path)}
     document["training"] |= {"encoders": ["gru"], "epochs": 1}
     document["stream"] |= {"max_per_trigger": 1, "metrics_seconds": 1.0}
     document["serving"] |= {"top_k": 5}
