@@ -143,6 +143,15 @@ def test_a_step_gets_its_settings_and_its_time(step, capsys):
     assert seen.spark.stopped
 
 
+def test_the_result_is_shown_whatever_the_end_of_spark_meets(step, capsys):
+    def fail() -> None:
+        raise ConnectionRefusedError("the JVM is gone")
+
+    step("train", {"model_version": "v1"}).spark.stop = fail
+    assert call("train", "--settings", BASE) != 0
+    assert json.loads(capsys.readouterr().out) == {"model_version": "v1"}
+
+
 def test_evaluate_hands_on_its_options(step, tmp_path):
     seen = step("evaluate", {})
     out = str(tmp_path / "p.parquet")

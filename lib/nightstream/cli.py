@@ -317,11 +317,12 @@ def _run(
         options["stop"] = stopping.is_set
     try:
         result = run(spark=spark, settings=loaded, **options)
+        # First of all: the work is done, whatever Spark's end meets.
+        if result is not None and not quiet:
+            typer.echo(json.dumps(result, indent=2, default=str))
     finally:
         if spark is not None and "DATABRICKS_RUNTIME_VERSION" not in os.environ:
             spark.stop()
-    if result is not None and not quiet:
-        typer.echo(json.dumps(result, indent=2, default=str))
 
 
 def _lies_elsewhere(loaded: settings.Settings) -> bool:

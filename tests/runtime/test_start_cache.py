@@ -171,7 +171,9 @@ def test_a_start_uses_what_the_warm_up_has_kept_and_a_damaged_archive_does_no_ha
     first = start("first")
     assert "io.delta" in first[1]
     command = ["-c", "from nightstream.cli import main; main()", "warm-up", "--settings", "conf/base.yaml"]
-    kept = run(*command, "--set", f"spark.cache={tmp_path / 'cache'}", "--set", "spark.driver_memory=1g")
+    # Those of a cluster do not get in the way.
+    elsewhere = ("--set", "spark.master=spark://127.0.0.1:1")
+    kept = run(*command, "--set", f"spark.cache={tmp_path / 'cache'}", "--set", "spark.driver_memory=1g", *elsewhere)
     archive = Path(json.loads(kept)["archive"])
     assert archive.parent == tmp_path / "cache"
     assert not list(archive.parent.glob("*.part"))

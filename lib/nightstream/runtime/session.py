@@ -96,7 +96,7 @@ def record(settings: SparkSettings, work: Callable[[Any], None]) -> Path:
     """Do the work in a session of its own and archive the classes that its JVM has loaded, for faster starts.
 
     Args:
-        settings: `cache` says where the archive goes.
+        settings: `cache` says where the archive goes. Whatever the master, the work is done on this machine.
         work: What commands do with Spark; given the session.
 
     Returns:
@@ -119,7 +119,7 @@ def record(settings: SparkSettings, work: Callable[[Any], None]) -> Path:
             "PYSPARK_SUBMIT_ARGS names a --properties-file; move those settings into spark-defaults.conf"
         )
     cache.discard_part()
-    session = build(settings, "nightstream warm-up", record=True)
+    session = build(settings.model_copy(update={"master": "local[2]"}), "nightstream warm-up", record=True)
     try:
         work(session)
     finally:

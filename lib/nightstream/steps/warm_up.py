@@ -35,9 +35,10 @@ def exercise(spark: SparkSession) -> None:
         lines = [json.dumps({"user_id": f"u{n % 7}", "item_id": f"i{n}", "event_time": n}) for n in range(_ROWS)]
         (folder / "lines").mkdir()
         (folder / "lines" / "1.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        table, schema = f"delta.`{folder / 'table'}`", "user_id string, item_id string, event_time bigint"
-        events = spark.read.schema(schema).json(str(folder / "lines"))
-        events.write.format("delta").save(str(folder / "table"))
+        # With its scheme, since Spark may be set to take paths without one for those of another file system.
+        at, schema = f"file://{folder.resolve()}", "user_id string, item_id string, event_time bigint"
+        table = f"delta.`{at}/table`"
+        spark.read.schema(schema).json(f"{at}/lines").write.format("delta").save(f"{at}/table")
 
         def merge(arrived: DataFrame, batch_id: int) -> None:
             rows = arrived.mapInArrow(_as_they_are, schema).toArrow()
@@ -50,16 +51,16 @@ def exercise(spark: SparkSession) -> None:
 
         parsed = F.from_json("value", schema).alias("event")
         query = (
-            spark.readStream.text(str(folder / "lines"))
+            spark.readStream.text(f"{at}/lines")
             .select(parsed)
             .select("event.*")
             .writeStream.foreachBatch(merge)
-            .option("checkpointLocation", str(folder / "checkpoint"))
+            .option("checkpointLocation", f"{at}/checkpoint")
             .trigger(availableNow=True)
             .start()
         )
         query.awaitTermination()
-        merged = spark.read.format("delta").load(str(folder / "table"))
+        merged = spark.read.format("delta").load(f"{at}/table")
         newest = merged.groupBy("user_id").agg(F.max_by("item_id", "event_time").alias("item_id"), F.count("*"))
         merged.join(newest, ["user_id", "item_id"]).orderBy("user_id").toArrow()
 
