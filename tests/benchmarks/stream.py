@@ -5,8 +5,9 @@
 The real streaming query runs over files of made-up events, on tables of 100,000 users and 20,000 items, then of ten
 times as many users. One micro-batch at a time: from the file's appearance to the commit (visible) and to the end of
 both MERGEs (merged), in turn with a bare query whose micro-batches only collect their rows, and with an append and two
-MERGEs of the same rows into copies of the tables. Then files arrive at a rate that is doubled until the delay grows,
-and at last as many micro-batches run back to back as an hour brings at one every ten seconds, while memory is watched.
+MERGEs of the same rows into copies of the tables; then with some events that came before, or take such back. Then files
+arrive at a rate that is doubled until the delay grows, and at last as many micro-batches run back to back as an hour
+brings at one every ten seconds, while memory is watched.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from stream_clock import Bare, Collecting, Sample, Stream, start_seconds
 from stream_world import BASE, enlarged, small
 
 EVENTS, USERS_PER_BATCH = 500, 200
+KNOWN = 10
 WARM = 4
 FILES_PER_SECOND = 4
 GROWING = 0.05  # seconds of delay per second
@@ -45,12 +47,19 @@ def medians(samples: list[Sample]) -> dict[str, float]:
 
 
 def measured(
-    stream: Stream, bare: Bare, collecting: Collecting, events: int, users: int, batches: int, label: str
+    stream: Stream,
+    bare: Bare,
+    collecting: Collecting,
+    events: int,
+    users: int,
+    batches: int,
+    label: str,
+    known: int = 0,
 ) -> dict[str, float]:
-    """Medians over the micro-batches after some that warm everything up."""
+    """Medians over the micro-batches after some that warm everything up. known: as of Stream.drop."""
     samples = []
     for number in range(WARM + batches):
-        sample = stream.sample(events, users, bare, collecting)
+        sample = stream.sample(events, users, bare, collecting, known)
         place = f"{number + 1 - WARM}/{batches}" if number >= WARM else "(warming up)"
         console.say(
             f"{label} {place}: visible {sample.visible:.2f} s (bare {sample.bare:.2f}, append {sample.append:.2f}), "
@@ -159,6 +168,9 @@ def run(
     bare = Bare(spark, own, folder / "bare")
     with Collecting(spark, own, folder / "collecting") as collecting, stream.running():
         plain = measured(stream, bare, collecting, EVENTS, USERS_PER_BATCH, batches, "micro-batch")
+        changing = measured(
+            stream, bare, collecting, EVENTS, USERS_PER_BATCH, batches, "with known events", known=KNOWN
+        )
         more = measured(stream, bare, collecting, grown * EVENTS, grown * USERS_PER_BATCH, batches, f"{grown} x events")
     with stream.running():
         rates = sustained(stream, seconds, 50)
@@ -188,7 +200,8 @@ def run(
         **{f"visible_p{q}_s": best.get(f"p{q}") for q in (50, 95, 99)},
         "ten_times_users_merged": many["merged"] / plain["merged"],
         "ten_times_users_merges": many["merges"] / plain["merges"],
-        "seconds": {"plain": plain, "ten_times_events": more, "ten_times_users": many},
+        "known_events": changing["visible"] / plain["visible"],
+        "seconds": {"plain": plain, "known_events": changing, "ten_times_events": more, "ten_times_users": many},
         "memory_mb": memory,
         "memory_growth": growth(memory),
         "users": users,
@@ -204,6 +217,7 @@ def table_of(found: dict[str, Any]) -> Table:
         table.add_column(name, justify="right" if name != "micro-batch" else "left")
     labels = {
         "plain": f"{EVENTS} events of {USERS_PER_BATCH} users",
+        "known_events": f"{KNOWN} of the events repeated, {KNOWN} taken back",
         "ten_times_events": f"{found['grown']} times the events and users in it",
         "ten_times_users": f"{found['grown']} times the users in the tables",
     }

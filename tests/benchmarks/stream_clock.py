@@ -84,17 +84,27 @@ class Stream:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.dropped = 0
         self._files = 0
+        self._last: list[dict[str, Any]] = []
 
-    def drop(self, events: int, users: int, folder: Path | None = None) -> float:
-        """One file of events of random users; the moment of its appearance. folder: another one than the query's."""
-        known = self.rng.integers(0, LEARNT_FROM * self.copies, users)
-        owners = np.concatenate([known, self.rng.choice(known, max(events - users, 0))])[:events]
+    def drop(self, events: int, users: int, folder: Path | None = None, known: int = 0) -> float:
+        """One file of events of random users; the moment of its appearance. folder: another one than the query's.
+        known: so many of them are repetitions of events of the file before, and as many take others of it back."""
+        some = self.rng.integers(0, LEARNT_FROM * self.copies, users)
+        owners = np.concatenate([some, self.rng.choice(some, max(events - users, 0))])[:events]
         rows = events_of(owners % LEARNT_FROM, self.items, self.rng, START + 10_000_000 + self.dropped)
         for place, (row, owner) in enumerate(zip(rows, owners.tolist(), strict=True)):
             row |= {
                 "event_id": f"new{self.dropped + place}",
                 "user_id": f"u{owner % LEARNT_FROM:05}-{owner // LEARNT_FROM}",
             }
+        for row, before, place in zip(rows, self._last, range(2 * known), strict=False):
+            if place < known:
+                row.update(before)
+            else:
+                row |= {"user_id": before["user_id"], "retracts": before["event_id"]}
+                row["event_type"] = self.settings.events.retraction_type
+        if folder is None:
+            self._last = rows[2 * known :]
         self.dropped += events
         self._files += 1
         write_lines((folder or self.folder) / f"f{self._files:07}.jsonl", rows)
@@ -123,7 +133,7 @@ class Stream:
 
         def on_batch(report: BatchReport) -> None:
             with clock.changed:
-                clock.commits.append((time.monotonic(), report.events))
+                clock.commits.append((time.monotonic(), report.events + report.duplicates))
                 clock.changed.notify_all()
 
         def work() -> None:
@@ -157,11 +167,11 @@ class Stream:
                 thread.join()
         clock.wait(lambda: True)
 
-    def sample(self, events: int, users: int, bare: Bare, collecting: Collecting) -> Sample:
-        """One micro-batch by itself, then a bare one, then the bare writes of the same rows."""
+    def sample(self, events: int, users: int, bare: Bare, collecting: Collecting, known: int = 0) -> Sample:
+        """One micro-batch by itself, then a bare one, then the bare writes of the same rows. known: as of `drop`."""
         clock = self.clock
         commits, merges = len(clock.commits), len(clock.merges)
-        begun = self.drop(events, users)
+        begun = self.drop(events, users, known=known)
         clock.wait(lambda: len(clock.merges) > merges and sum(n for _, n in clock.commits[commits:]) >= events)
         visible, merged = clock.commits[-1][0] - begun, clock.merges[-1][0] - begun
         assert clock.committed is not None

@@ -12,6 +12,7 @@ from nightstream.ingest import booking, ledger, resolve
 from nightstream.ingest.id_filter import IdFilter
 from nightstream.ingest.ledger import Counts, check
 from nightstream.runtime.settings import load
+from nightstream.store import storage as storage_module
 from nightstream.store.storage import Storage
 from nightstream.store.tables import DUPLICATES, EVENTS, QUARANTINE, RAW_EVENTS
 from pyspark.sql import functions as F
@@ -77,14 +78,14 @@ def test_every_row_ends_in_one_table(spark, settings, storage):
     first = record(storage, payloads(spark, FIRST, "f1"), settings, True)
     assert first.counts == Counts(4, 3, 1, 0)
     assert first.first_arrival == ARRIVAL
-    assert first.refold_users is None
+    assert first.refold is None
     second = record(storage, payloads(spark, SECOND, "f2"), settings, True)
     assert second.counts == Counts(8, 5, 1, 2)
     assert second.added == {"raw_events": 8, "events": 4, "quarantine": 1, "duplicates": 3}
     # Without its cache it is computed anew, from the tables that it has changed itself.
     second.release()
     assert types(second.accepted.rows) == ACCEPTED
-    assert ids(second.refold_users, "user_id") == REFOLDED
+    assert ids(second.refold.users.rows, "user_id") == REFOLDED
     assert check(storage) == {"raw_events": 12, "events": 7, "quarantine": 2, "duplicates": 3}
     stored = {r.event_id: r for r in storage.read(EVENTS).collect()}
     assert set(stored) == {"a", "b", "c", "d", "e", "r1", "r2"}
@@ -101,7 +102,7 @@ def test_every_row_ends_in_one_table(spark, settings, storage):
     assert (again.counts, set(again.added.values())) == (second.counts, {0})
     assert types(again.accepted.rows) == ACCEPTED
     # And nobody is refreshed whom the first time left alone.
-    assert REFOLDED <= ids(again.refold_users, "user_id") <= REFOLDED | ids(second.accepted.rows, "user_id")
+    assert REFOLDED <= ids(again.refold.users.rows, "user_id") <= REFOLDED | ids(second.accepted.rows, "user_id")
     assert contents(storage) == before
 
     # A renewed checkpoint reads everything again under another identity; so does a batch ingest.
@@ -147,6 +148,23 @@ def test_a_batch_too_large_for_the_driver_is_known_to_the_next_one(spark, settin
     assert large.accepted.table is None
     again = record(storage, payloads(spark, [line("a", "u1"), line("n")], "f2"), settings, True, id_filter=known)
     assert again.counts == Counts(2, 1, 0, 1)
+
+
+def test_who_is_folded_again_is_the_same_asked_for_by_ids_and_by_jobs(spark, settings, storage, tmp_path, monkeypatch):
+    # g stays, h was taken back by another user, who has a history that nobody asks for.
+    before = [*FIRST, line("g", "u1"), line("h", "u5"), retraction("r3", "h", "u2"), line("i", "u2")]
+    large = Storage(spark, settings.storage.model_copy(update={"root": str(tmp_path / "large")}))
+    found = []
+    for where, most in ((storage, storage_module.LOCAL_ROWS), (large, 0)):
+        monkeypatch.setattr(storage_module, "LOCAL_ROWS", most)
+        record(where, payloads(spark, before, "f1"), settings, True)
+        found.append(record(where, payloads(spark, SECOND, "f2"), settings, True).refold)
+    few, many = found
+    assert ids(few.users.rows, "user_id") == REFOLDED
+    assert types(few.history.rows) == {"a": "view", "c": "retract", "e": "retract", "g": "view", "h": "retract"}
+    assert (few.history.table.num_rows, many.history.table) == (5, None)
+    assert_df_equality(few.users.rows, many.users.rows, ignore_row_order=True, ignore_nullable=True)
+    assert_df_equality(few.history.rows, many.history.rows, ignore_row_order=True, ignore_nullable=True)
 
 
 def test_rows_that_arrive_are_the_same_on_the_driver_and_on_the_executors(spark, settings, monkeypatch):
@@ -251,7 +269,9 @@ def test_a_crash_at_any_write_is_mended_by_a_replay(
     assert contents(storage) == undisturbed
     if micro_batch:
         assert types(replayed.accepted.rows) == ACCEPTED
-        assert REFOLDED <= ids(replayed.refold_users, "user_id") <= REFOLDED | ids(replayed.accepted.rows, "user_id")
+        assert (
+            REFOLDED <= ids(replayed.refold.users.rows, "user_id") <= REFOLDED | ids(replayed.accepted.rows, "user_id")
+        )
 
 
 def test_lost_rows_and_damaged_tables_are_noticed(spark, settings, storage):

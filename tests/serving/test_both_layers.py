@@ -14,6 +14,7 @@ from nightstream.ingest.ledger import check, parsed, record
 from nightstream.runtime import clock
 from nightstream.serving import batch_layer, catalogue, commits, speed_layer
 from nightstream.store import registry
+from nightstream.store import storage as storage_module
 from nightstream.store.storage import Storage
 from nightstream.store.tables import (
     BY_NAME,
@@ -125,10 +126,10 @@ def test_any_cut_order_and_repetition_of_the_stream_equals_one_batch(spark, nigh
 
 @pytest.mark.slow
 def test_the_driver_and_the_executors_refresh_alike(spark, night, tmp_path, monkeypatch):
-    rows = [r for r in live_events() if isinstance(r, dict) and r.get("event_id", "").startswith("live")]
-    found = []
+    rows, found = live_events(), []
     for most in (0, commits.LOCAL_USERS):
         monkeypatch.setattr(commits, "LOCAL_USERS", most)
+        monkeypatch.setattr(storage_module, "LOCAL_ROWS", most)
         storage, settings = night(f"at most {most}")
         feed(started(storage, settings), payloads(spark, tmp_path, rows, "alike"), 0)
         found.append(storage)
@@ -159,7 +160,8 @@ def test_commits_of_driver_and_executors_are_merged_together(spark, night, tmp_p
     monkeypatch.setattr(commits, "merge", late)
     rows = [r for r in live_events() if isinstance(r, dict)]
     back = [r for r in rows if r.get("retracts") == TAKEN_BACK]
-    for number, part in enumerate((rows[:20], back, rows[20:40])):
+    for number, (part, most) in enumerate(((rows[:20], commits.LOCAL_USERS), (back, 0), (rows[20:40], 100))):
+        monkeypatch.setattr(commits, "LOCAL_USERS", most)
         layer(parsed(payloads(spark, tmp_path, part, f"mixed{number}"), settings), number)
     assert len(layer.background_merge.pending()) == 3
     held.set()

@@ -12,8 +12,8 @@ from nightstream.models.arrays import Catalogue, Lists, Windows
 from nightstream.models.bundle import Loaded
 from nightstream.models.features import Attributes, FeatureStatistics, Scale
 from nightstream.models.ranking.strategies import STRATEGIES
-from nightstream.serving.refresh import NO_EVENTS, NOBODY, Refresher
-from nightstream.serving.user_state import STATES, FoldRules
+from nightstream.serving.refresh import NO_EVENTS, NOBODY, Refresher, unfolded, unfolded_rows
+from nightstream.serving.user_state import STATES, FoldRules, states_of
 
 EPOCH = datetime(2024, 1, 1, tzinfo=UTC)
 LENGTH, TOP_K = 3, 2
@@ -166,3 +166,18 @@ def test_a_list_ends_with_the_last_unseen_item() -> None:
 def test_nobody_is_refreshed_where_nothing_came() -> None:
     found = refresher(FirstUnseen())(STATES.empty_table(), NO_EVENTS, USERS.empty_table(), None)
     assert found.equals(NOBODY)
+
+
+def test_unfolded_states_are_the_same_as_frames_and_as_rows(spark):
+    event = {"event_id": "e", "item_id": "a", "event_time": EPOCH}
+    rows = [
+        {"user_id": "u", "revision": 3, "window": [event], "seen": [event], "seen_overflowed": True},
+        {"user_id": "v", "revision": 0, "window": [], "seen": [], "seen_overflowed": False},
+    ]
+    states = pa.Table.from_pylist(rows, STATES)
+    found = unfolded_rows(states)
+    assert found.schema == STATES
+    assert states_of(unfolded(spark.createDataFrame(states)).toArrow()).to_pylist() == found.to_pylist()
+    assert found["revision"].to_pylist() == [3, 0]
+    assert [list(map(len, found[name].to_pylist())) for name in ("window", "seen")] == [[0, 0], [0, 0]]
+    assert unfolded_rows(states.slice(0, 0)).schema == STATES

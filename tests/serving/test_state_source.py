@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pyarrow as pa
 import pytest
-from nightstream.ingest.ledger import Counts, Recorded
+from nightstream.ingest.ledger import Counts, Recorded, Refold
 from nightstream.serving import commits
+from nightstream.serving.refresh import NO_EVENTS
 from nightstream.serving.state_source import DriverStates, ExecutorStates, Touched
 from nightstream.store.materialize import Cut
 
@@ -38,13 +39,17 @@ def test_the_users_are_known_where_all_of_them_are_on_the_driver(driver, touched
     assert driver.takes(touched) is (users is not None)
 
 
-def test_who_is_folded_again_and_who_are_many_go_to_the_executors(driver, monkeypatch):
-    again = Touched(replace(FEW, refold_users=ELSEWHERE), None)
-    assert not driver.takes(again)
+def test_who_is_folded_again_is_among_the_users_and_many_go_to_the_executors(driver, monkeypatch):
+    users = Cut(ELSEWHERE, {}, pa.table({"user_id": ["d", "a"]}))
+    again = Touched(replace(FEW, refold=Refold(users, Cut(ELSEWHERE, {}, NO_EVENTS))), None)
+    assert again.users().to_pylist() == ["b", "a", "d"]
+    assert driver.takes(again)
+    with_a_long_past = Touched(replace(FEW, refold=Refold(users, Cut(ELSEWHERE, {}))), None)
+    assert not driver.takes(with_a_long_past)
     monkeypatch.setattr(commits, "LOCAL_USERS", 2)
     assert driver.takes(Touched(FEW, None))
     assert not driver.takes(Touched(FEW, BEHIND))
-    assert ExecutorStates(None, None, list).takes(again)
+    assert ExecutorStates(None, None, list).takes(with_a_long_past)
 
 
 def test_nothing_is_asked_ahead_for_too_many_users_nor_for_none(driver, monkeypatch):

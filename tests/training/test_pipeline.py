@@ -15,7 +15,7 @@ from nightstream.errors import ArtifactError
 from nightstream.models import artifacts
 from nightstream.models.arrays import RANK, TRAIN, VALID, Catalogue, ItemFeatures, UserFeatures
 from nightstream.models.artifacts import from_artifacts, to_artifacts
-from nightstream.models.model import Model
+from nightstream.models.model import Model, _blocks
 from nightstream.models.ranking import candidate_sources, rank_features, reasons, strategies
 from nightstream.models.ranking.ranker import RankerSizes
 from nightstream.models.ranking.sources.registry import SOURCES
@@ -120,6 +120,9 @@ def test_a_user_gets_the_same_list_alone_and_in_any_batch(
         np.testing.assert_allclose(shuffled.vectors, together.vectors[order], atol=1e-5)
         np.testing.assert_allclose(shuffled.scores, together.scores[order], atol=1e-5)
         np.testing.assert_array_equal(shuffled.rows, together.rows[order])
+        side_by_side = model.recommend(windows, catalogue, 6, threads=4)
+        np.testing.assert_array_equal(side_by_side.rows, together.rows)
+        np.testing.assert_allclose(side_by_side.scores, together.scores, atol=1e-5)
         for user in (0, 5, BLOCK, 2 * BLOCK + 8):
             alone = model.recommend(windows.slice(user, user + 1), catalogue, 6)
             np.testing.assert_array_equal(alone.rows[0], together.rows[user])
@@ -128,6 +131,28 @@ def test_a_user_gets_the_same_list_alone_and_in_any_batch(
             np.testing.assert_allclose(alone.scores[0], together.scores[user], atol=1e-5)
     finally:
         model.ranker_enabled = enabled
+
+
+@pytest.mark.parametrize(
+    ("users", "threads", "sizes"),
+    [
+        (0, 2, []),
+        (1, 2, [1]),
+        (BLOCK, 1, [BLOCK]),
+        (BLOCK, 2, [BLOCK // 2] * 2),
+        (200, 1, [50] * 4),
+        (200, 2, [50] * 4),
+        (200, 3, [33, 33, 34, 33, 33, 34]),
+        (31, 8, [31]),
+        (50, 8, [16, 17, 17]),
+    ],
+)
+def test_blocks_of_users_are_shared_out_evenly(users: int, threads: int, sizes: list[int]) -> None:
+    windows = windows_of([[1 + user % ITEMS] for user in range(users)], seen=[[user] for user in range(users)])
+    blocks = _blocks(windows, threads)
+    assert [count for _, count in blocks] == sizes
+    assert {len(block) for block, _ in blocks} <= {BLOCK}
+    assert [user for block, count in blocks for user in block.slice(0, count).seen.tolist()] == list(range(users))
 
 
 def test_everyone_gets_a_full_list_of_eligible_items(model: Model, catalogue: Catalogue) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 
+import pyarrow as pa
 import pyarrow.compute as pc
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
@@ -25,7 +26,7 @@ from nightstream.store.concurrency import finish, start
 from nightstream.store.materialize import LOCAL_ROWS, Cut, cut
 from nightstream.store.merge import Merge, When
 from nightstream.store.storage import Storage
-from nightstream.store.tables import DUPLICATES, EVENTS, QUARANTINE, RAW_EVENTS, TableSpec
+from nightstream.store.tables import DUPLICATES, EVENTS, QUARANTINE, RAW_EVENTS, TableSpec, arrow_schema
 
 _ROWS_PER_FILE = 500_000
 Span = tuple[int, int] | None
@@ -45,14 +46,24 @@ def resolved(storage: Storage, arrival: Arrival, retraction_type: str, id_filter
     Raises:
         TableError: `events` holds an event_id more than once.
     """
-    if _brings_only_new(storage, arrival, retraction_type, id_filter):
-        # The common case; what follows takes several jobs.
-        return Resolution(new=arrival.valid_count)
+    valid, mentioning = arrival.valid.table, None
+    if valid is not None:
+        mentioning = _mentioning(storage, valid, retraction_type, id_filter)
+        are_distinct = pc.count_distinct(valid["event_id"]).as_py() == valid.num_rows
+        if mentioning is not None and not mentioning.num_rows and are_distinct and not arrival.retractions:
+            # The common case; what follows takes several jobs.
+            return Resolution(new=arrival.valid_count)
+    elif id_filter is not None:
+        id_filter.add_rows(arrival.valid.rows, arrival.valid_count)
     totals = {outcome: F.count_if(F.col("outcome") == outcome) for outcome in OUTCOMES}
     retraction = (F.col("event_type") == retraction_type) & (F.col("raw_id") == F.col("kept_raw_id"))
     totals |= {"retractions": F.count_if(retraction), "damaged": F.count_if(F.col("copies") > 1)}
-    version = None if arrival.valid_count <= LOCAL_ROWS else storage.version(EVENTS)
-    settled = cut(_settled(storage.read(EVENTS, version), arrival, retraction_type), totals, size=arrival.valid_count)
+    if mentioning is not None:
+        events = Cut.of(storage.spark, mentioning, EVENTS.schema).rows
+    else:
+        few = arrival.valid_count <= LOCAL_ROWS
+        events = storage.read(EVENTS, None if few else storage.version(EVENTS))
+    settled = cut(_settled(events, arrival, retraction_type), totals, size=arrival.valid_count)
     counts = {name: settled.totals[name] for name in (*OUTCOMES, "retractions")}
     if settled.totals["damaged"] or sum(counts[outcome] for outcome in OUTCOMES) != arrival.valid_count:
         raise TableError(
@@ -62,35 +73,22 @@ def resolved(storage: Storage, arrival: Arrival, retraction_type: str, id_filter
     return Resolution(settled, **counts)
 
 
-def _brings_only_new(storage: Storage, arrival: Arrival, retraction_type: str, id_filter: IdFilter | None) -> bool:
-    """Whether no event_id of the rows occurs twice, in them or in `events`, and no retraction is about. Adds the ids to
-    the known ones."""
-    valid = arrival.valid.table
-    if valid is None:
-        if id_filter is not None:
-            id_filter.add_rows(arrival.valid.rows, arrival.valid_count)
-        return False
+def _mentioning(storage: Storage, valid: pa.Table, retraction_type: str, id_filter: IdFilter | None) -> pa.Table | None:
+    """The EVENTS rows that are, or retract, one of the valid rows' events; None where they are too many for the driver.
+    Adds the ids of the valid rows to the known ones."""
     if id_filter is not None:
         met_before = id_filter.may_hold(hashes(valid["event_id"]))
         # Known from here on, whatever becomes of this batch: a claim too many does no harm.
         id_filter.add_ids(valid)
-    if arrival.retractions or pc.count_distinct(valid["event_id"]).as_py() < arrival.valid_count:
-        return False
-    if id_filter is not None and not met_before:
-        return True
-    mentioned = storage.query(
-        "SELECT event_id FROM {events} "
-        "WHERE event_id IN (:ids) OR (event_type = :retraction AND retracts IN (:ids)) LIMIT 1",
-        EVENTS,
-        ids=valid["event_id"].to_pylist(),
-        retraction=retraction_type,
-    )
-    return mentioned.num_rows == 0
+        if not met_before:
+            return arrow_schema(EVENTS.schema).empty_table()
+    condition = "event_id IN (:ids) OR (event_type = :retraction AND retracts IN (:ids))"
+    return storage.few_rows(EVENTS, condition, ids=valid["event_id"].to_pylist(), retraction=retraction_type)
 
 
-def _settled(before: DataFrame, arrival: Arrival, retraction_type: str) -> DataFrame:
+def _settled(events: DataFrame, arrival: Arrival, retraction_type: str) -> DataFrame:
     valid = arrival.valid.rows
-    known = resolve.known(before, arrival.broadcast(valid.select("event_id")), retraction_type)
+    known = resolve.known(events, arrival.broadcast(valid.select("event_id")), retraction_type)
     tombstones = arrival.broadcast(history.tombstones(valid, retraction_type)) if arrival.retractions else None
     return resolve.settle(valid, arrival.broadcast(known), tombstones)
 

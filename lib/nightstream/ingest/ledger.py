@@ -11,6 +11,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import datetime
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
@@ -42,6 +44,18 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class Refold:
+    """Users whose windows must be folded again.
+
+    users: user_id, distinct. history: all of their events, as history.foldable gives them; few are on the driver, and
+    then the users are, too.
+    """
+
+    users: Cut
+    history: Cut
+
+
+@dataclass(frozen=True)
 class Recorded:
     """The outcome of one call of `record`.
 
@@ -50,7 +64,7 @@ class Recorded:
     one to duplicates). After a crash, the replay counts only what it had to add itself.
     accepted: EVENTS rows of this call to be folded into windows, as history.foldable gives them; the same on
     a replay. None when nothing valid came.
-    refold_users: user_id of the users whose windows must be folded again from `events`, distinct; None when nobody.
+    refold: the users whose windows must be folded again; None when nobody's.
     first_arrival, last_arrival: the earliest and the latest arrival time of the rows (UTC); None when they have none.
     oldest_event, newest_event: the earliest and the latest event time of the valid rows; None where nothing valid came.
     """
@@ -58,7 +72,7 @@ class Recorded:
     counts: Counts
     added: dict[str, int]
     accepted: Cut | None = None
-    refold_users: DataFrame | None = None
+    refold: Refold | None = None
     first_arrival: datetime | None = None
     last_arrival: datetime | None = None
     oldest_event: datetime | None = None
@@ -148,14 +162,14 @@ def book(
     if touching is not None:
         # A retraction and its event may come together.
         finish(writes)
-        users = history.changed_users(touching, storage.read(EVENTS), retraction_type)
-        refold = cut(users, {"users": F.count("user_id")})
-        cuts.append(refold)
+        refold = None if arrival.all.table is None else _refold_of_few(storage, touching, retraction_type)
+        refold = refold or _refold(storage, touching, retraction_type)
+        cuts.append(refold.users)
     return Recorded(
         Counts(arrival.raw, arrival.valid_count - resolution.duplicate, arrival.quarantine, resolution.duplicate),
         added,
         _accepted(arrival, resolution, retraction_type),
-        refold.rows if refold is not None and refold.totals["users"] else None,
+        refold if refold is not None and refold.users.totals["users"] else None,
         arrival.first_arrival,
         arrival.last_arrival,
         arrival.oldest_event,
@@ -231,6 +245,44 @@ def _touching(
     for frame in rest:
         first = first.unionByName(frame)
     return first
+
+
+def _refold(storage: Storage, touching: DataFrame, retraction_type: str) -> Refold:
+    """Whom the rows of `_touching` concern."""
+    events = storage.read(EVENTS)
+    users = _changed_users(touching, events, retraction_type)
+    theirs = history.foldable(events, retraction_type).join(F.broadcast(users.rows), "user_id", "left_semi")
+    return Refold(users, Cut(theirs.select(*EVENTS.schema.names), {}))
+
+
+def _refold_of_few(storage: Storage, touching: DataFrame, retraction_type: str) -> Refold | None:
+    """The same without a job over `events`; None where too many rows would come to the driver."""
+    rows = few(touching)
+    if rows is None:
+        return None
+    retracted = rows.filter(pc.equal(rows["event_type"], retraction_type))["retracts"].drop_null()
+    targets = storage.few_rows(EVENTS, "event_id IN (:ids)", ids=retracted.to_pylist())
+    if targets is None:
+        return None
+    touching, owned = (Cut.of(storage.spark, table, EVENTS.schema).rows for table in (rows, targets))
+    users = _changed_users(touching, owned, retraction_type)
+    if users.table is None:
+        return None
+    theirs = storage.few_rows(EVENTS, "user_id IN (:users)", users=users.table["user_id"].to_pylist())
+    if theirs is None:
+        return None
+    # Who has taken an event back need not be its user.
+    naming = "event_type = :retraction AND retracts IN (:ids)"
+    retractions = storage.few_rows(EVENTS, naming, retraction=retraction_type, ids=theirs["event_id"].to_pylist())
+    if retractions is None:
+        return None
+    of_both = Cut.of(storage.spark, pa.concat_tables([theirs, retractions]), EVENTS.schema)
+    return Refold(users, cut(history.foldable(of_both.rows, retraction_type), {}, size=theirs.num_rows))
+
+
+def _changed_users(touching: DataFrame, events: DataFrame, retraction_type: str) -> Cut:
+    """As history.changed_users gives them; totals: users."""
+    return cut(history.changed_users(touching, events, retraction_type), {"users": F.count("user_id")})
 
 
 def _superseded_earlier(storage: Storage, arrival: Arrival, resolution: Resolution, settings: Settings) -> DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from nightstream.models.ranking.recommend import empty_lists, recommend_block
 from nightstream.models.ranking.topk import BLOCK, unit
 
 ITEM_BLOCK = 1024
+# So many users take longer than it takes to encode a block.
+_WORTH_A_BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ class Model:
             return [lists.rows, lists.scores, lists.strategies, lists.because, lists.vectors]
 
         with _one_core_each(threads) as pool:
-            parts = list(pool.map(arrays, _blocks(self._fit_windows(windows))))
+            parts = list(pool.map(arrays, _blocks(self._fit_windows(windows), threads)))
         if not parts:
             return empty_lists(0, k, self.width)
         rows, scores, strategies, because, users = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -207,11 +210,16 @@ def _encode_items(encoder: ItemEncoder, features: ItemFeatures, ids: np.ndarray)
     return out
 
 
-def _blocks(windows: Windows) -> list[tuple[Windows, int]]:
-    """Blocks of exactly BLOCK users, the last one filled up with its own last user, and how many of each count."""
+def _blocks(windows: Windows, threads: int = 1) -> list[tuple[Windows, int]]:
+    """Blocks of exactly BLOCK users, filled up with their own last one, and how many of each count: about equally many.
+
+    There are as few as there can be, or a few more, so that each of the threads gets as many.
+    """
+    fewest = -(-len(windows) // BLOCK)
+    count = min(-(-fewest // threads) * threads, max(fewest, len(windows) // _WORTH_A_BLOCK))
+    ends = [len(windows) * place // max(count, 1) for place in range(count + 1)]
     out = []
-    for start in range(0, len(windows), BLOCK):
-        stop = min(start + BLOCK, len(windows))
+    for start, stop in itertools.pairwise(ends):
         part = windows.slice(start, stop)
         if missing := BLOCK - (stop - start):
             rows = np.minimum(np.arange(BLOCK), stop - start - 1)

@@ -58,7 +58,7 @@ def apply_all(
     # No SEEN_OVERFLOW: the history has all that overflows, and only what has not been taken back.
     refreshed = commits.settled(refresh(states, events, users, None, refresher(settings, bundle)), limit=0)
     # Never a repetition: run again, it refreshes from newer states, and what is merged must stand in `refreshes`.
-    refolded = refreshed.rows.select("user_id")
+    refolded = refreshed.select("user_id")
     attempts = settings.serving.merge_attempts
     commit = commits.commit(storage, refreshed, writer, batch_id, now, refolded=refolded, attempts=attempts)
     count: int = refreshed.totals["users"] or 0

@@ -71,7 +71,7 @@ def commit(
     writer: str,
     batch_id: int,
     refreshed_at: datetime,
-    refolded: DataFrame | None = None,
+    refolded: Cut | None = None,
     attempts: int = 1,
 ) -> Cut:
     """The rows as committed: one per refreshed user, appended to `refreshes`.
@@ -108,7 +108,7 @@ def commit(
     return committed
 
 
-def _keep_overflow(storage: Storage, refreshed: Cut, refolded: DataFrame | None, attempts: int) -> None:
+def _keep_overflow(storage: Storage, refreshed: Cut, refolded: Cut | None, attempts: int) -> None:
     """Repeated rows do no harm, so a batch that comes again appends them again: its users may be others."""
     if not refreshed.totals["overflowing"] and refolded is None:
         return
@@ -117,9 +117,18 @@ def _keep_overflow(storage: Storage, refreshed: Cut, refolded: DataFrame | None,
         storage.append(SEEN_OVERFLOW, entries)
     if refolded is None or not storage.exists(SEEN_OVERFLOW):
         return
+    few = None
+    if refolded.table is not None:
+        users = refolded.table["user_id"].to_pylist()
+        few = storage.few_rows(SEEN_OVERFLOW, "user_id IN (:users)", users=users)
+    if few is None:
+        before = storage.read(SEEN_OVERFLOW).join(refolded.rows, "user_id", "left_semi")
+    elif few.num_rows:
+        before = storage.spark.createDataFrame(few, SEEN_OVERFLOW.schema)
+    else:
+        return
     key = ["user_id", "item_id"]
-    before = storage.read(SEEN_OVERFLOW).select(*key).join(refolded, "user_id", "left_semi").distinct()
-    stale = before.join(entries.rows.select(*key), key, "left_anti")
+    stale = before.select(*key).distinct().join(entries.rows.select(*key), key, "left_anti")
     if stale.isEmpty():
         return
     change = Merge("t.user_id = s.user_id AND t.item_id = s.item_id", (When("delete"),))

@@ -93,6 +93,15 @@ def unfolded(states: DataFrame) -> DataFrame:
     )
 
 
+def unfolded_rows(states: pa.Table) -> pa.Table:
+    """`unfolded` of states on the driver; a test compares the two."""
+    count = states.num_rows
+    nothing = pa.array([[]] * count)
+    columns = {"window": nothing, "seen": nothing, "seen_overflowed": pa.repeat(pa.scalar(False), count)}
+    columns |= {name: states[name] for name in ("user_id", "revision")}
+    return pa.table([columns[name] for name in STATES.names], STATES.names).cast(STATES)
+
+
 def _attribute(user_ids: pa.ChunkedArray, users: pa.Table, name: str) -> pa.ChunkedArray:
     return users[name].take(pc.index_in(user_ids, value_set=combined(users["user_id"])))
 

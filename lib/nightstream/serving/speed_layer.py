@@ -111,7 +111,7 @@ class SpeedLayer:
                 self.writer,
                 batch_id,
                 self.clock(),
-                refolded=recorded.refold_users,
+                refolded=None if recorded.refold is None else recorded.refold.users,
                 attempts=settings.serving.merge_attempts,
             )
             laps.end("commit")

@@ -13,13 +13,13 @@ import pyarrow.compute as pc
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from nightstream.ingest.history import foldable
-from nightstream.ingest.ledger import Recorded
+from nightstream.ingest.ledger import Recorded, Refold
+from nightstream.models.arrow import combined
 from nightstream.models.bundle import Bundle
 from nightstream.runtime.settings import Settings
 from nightstream.serving import commits
 from nightstream.serving.batch_layer import refresher
-from nightstream.serving.refresh import NO_EVENTS, NOBODY, STATE_COLUMNS, refresh, unfolded
+from nightstream.serving.refresh import NO_EVENTS, NOBODY, STATE_COLUMNS, refresh, unfolded, unfolded_rows
 from nightstream.serving.state_cache import StateCache
 from nightstream.store.materialize import Cut
 from nightstream.store.storage import Storage
@@ -48,7 +48,9 @@ class Touched:
 
     def users(self) -> pa.Array | None:
         """string [B], distinct; None where not all of them are on the driver."""
-        cuts = [each for each in (self.recorded.accepted, self.behind) if each is not None]
+        refold = self.recorded.refold
+        all_of_them = (self.recorded.accepted, self.behind, None if refold is None else refold.users)
+        cuts = [each for each in all_of_them if each is not None]
         tables = [each.table for each in cuts if each.table is not None]
         if len(tables) < len(cuts):
             return None
@@ -67,7 +69,7 @@ class StateSource(Protocol):
 
 
 class DriverStates:
-    """States at hand in this process, which has the model, too: of few users, none of whom is to be folded again."""
+    """States at hand in this process, which has the model, too: of few users, and few events to be folded again."""
 
     def __init__(
         self, storage: Storage, settings: Settings, state_cache: StateCache, pending: Callable[[], list[Cut]]
@@ -85,8 +87,8 @@ class DriverStates:
         return self._ask(users, arriving.table.num_rows) if 0 < len(users) <= commits.LOCAL_USERS else None
 
     def takes(self, touched: Touched) -> bool:
-        users = touched.users()
-        if users is None or touched.recorded.refold_users is not None:
+        users, refold = touched.users(), touched.recorded.refold
+        if users is None or (refold is not None and refold.history.table is None):
             return False
         return len(users) <= commits.LOCAL_USERS
 
@@ -95,14 +97,16 @@ class DriverStates:
         assert users is not None
         if not len(users):
             return commits.settled_table(spark, NOBODY)
-        accepted = touched.recorded.accepted
+        accepted, refold = touched.recorded.accepted, touched.recorded.refold
         events = None if accepted is None else accepted.table
-        if asked is None or not pc.all(pc.is_in(users, value_set=asked.users)).as_py():
-            asked = self._ask(users, 0 if events is None else events.num_rows)
-        states, described, older = asked.answer.result()
-        states = states.filter(pc.is_in(states["user_id"], value_set=users))
         if events is None:
             events = NO_EVENTS
+        if asked is None or not pc.all(pc.is_in(users, value_set=asked.users)).as_py():
+            asked = self._ask(users, events.num_rows)
+        states, described, older = asked.answer.result()
+        states = states.filter(pc.is_in(states["user_id"], value_set=users))
+        if refold is not None:
+            states, events, older = _folded_again(refold, states, events, older)
         refreshed = refresher(self.settings, bundle, os.cpu_count() or 1)(states, events, described, older)
         return commits.settled_table(spark, refreshed)
 
@@ -114,6 +118,24 @@ class DriverStates:
         """events: how many more of them the states may take up."""
         pending, room = self.pending(), self.settings.window.seen_limit - events
         return Asked(users, self._pool.submit(self.state_cache.of, users, pending, room))
+
+
+def _folded_again(
+    refold: Refold, states: pa.Table, events: pa.Table, older: pa.Table | None
+) -> tuple[pa.Table, pa.Table, pa.Table | None]:
+    """States, events and SEEN_OVERFLOW rows, with the past of some users replaced by their whole history."""
+    again, history = refold.users.table, refold.history.table
+    assert again is not None
+    assert history is not None
+
+    def is_other(rows: pa.Table) -> pa.Array:
+        return pc.invert(pc.is_in(rows["user_id"], value_set=combined(again["user_id"])))
+
+    others = is_other(states)
+    states = pa.concat_tables([states.filter(others), unfolded_rows(states.filter(pc.invert(others)))])
+    events = pa.concat_tables([events.filter(is_other(events)), history.select(events.column_names)])
+    # Of those that are folded again it may hold events that have been taken back.
+    return states, events, None if older is None else older.filter(is_other(older))
 
 
 class ExecutorStates:
@@ -132,16 +154,13 @@ class ExecutorStates:
 
     def _refreshed(self, recorded: Recorded, behind: DataFrame | None, bundle: Bundle) -> DataFrame:
         storage, pending = self.storage, self.pending()
-        history = foldable(storage.read(EVENTS), self.settings.events.retraction_type)
-        events = recorded.accepted.rows if recorded.accepted is not None else history.limit(0)
+        events = storage.read(EVENTS).limit(0) if recorded.accepted is None else recorded.accepted.rows
         touched = events.select("user_id")
         if behind is not None:
             touched = touched.unionByName(behind)
-        refold = recorded.refold_users
-        if refold is not None:
-            recorded.written()
-            refold = F.broadcast(refold)
-            again = history.join(refold, "user_id", "left_semi")
+        refold = None
+        if recorded.refold is not None:
+            refold, again = F.broadcast(recorded.refold.users.rows), recorded.refold.history.rows
             events = events.join(refold, "user_id", "left_anti").unionByName(again.select(*events.columns))
             touched = touched.unionByName(refold)
         touched = F.broadcast(touched.distinct())

@@ -36,9 +36,9 @@ from nightstream.store import delta_sql, sql_text
 from nightstream.store.delta_rs import TAKEN_OVER, DeltaRs
 from nightstream.store.delta_sql import SqlTable
 from nightstream.store.fence import APPLICATION, Fence
-from nightstream.store.materialize import Cut
+from nightstream.store.materialize import LOCAL_ROWS, Cut
 from nightstream.store.merge import Action, Merge, Replacement
-from nightstream.store.tables import FENCED, TableSpec, arrow_table
+from nightstream.store.tables import FENCED, TableSpec, arrow_schema, arrow_table
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -166,6 +166,20 @@ class Storage:
             return self.local.query(sql, specs, values)
         frames: dict[str, Any] = {spec.name: self.read(spec) for spec in specs}
         return self.spark.sql(sql_text.for_spark(sql, values), **frames).toArrow()
+
+    def few_rows(self, spec: TableSpec, condition: str, **values: sql_text.Value) -> pa.Table | None:
+        """The rows under a condition, on the driver; None where they are more than LOCAL_ROWS. The table is made where
+        it is missing.
+
+        Args:
+            spec: the table.
+            condition: in SQL, values behind a colon; see `query`.
+            **values: by name.
+        """
+        self.create(spec)
+        sql = f"SELECT {', '.join(spec.schema.names)} FROM {{{spec.name}}} WHERE {condition} LIMIT :most"
+        rows = self.query(sql, spec, most=LOCAL_ROWS + 1, **values)
+        return rows.cast(arrow_schema(spec.schema)) if rows.num_rows <= LOCAL_ROWS else None
 
     def version(self, spec: TableSpec) -> int | None:
         """The number of the table's newest commit; None where there is no table."""
