@@ -133,7 +133,9 @@ def _folded_again(
 
     others = is_other(states)
     states = pa.concat_tables([states.filter(others), unfolded_rows(states.filter(pc.invert(others)))])
-    events = pa.concat_tables([events.filter(is_other(events)), history.select(events.column_names)])
+    # Spark says of one that a column holds no null, and of the other not.
+    both = [events.filter(is_other(events)), history.select(events.column_names)]
+    events = pa.concat_tables(both, promote_options="permissive")
     # Of those that are folded again it may hold events that have been taken back.
     return states, events, None if older is None else older.filter(is_other(older))
 
