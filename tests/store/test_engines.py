@@ -14,6 +14,7 @@ from deltalake import DeltaTable, write_deltalake
 from nightstream.errors import SettingsError, TableError
 from nightstream.runtime.settings import load
 from nightstream.store import buckets, delta_rs
+from nightstream.store import storage as storage_module
 from nightstream.store.materialize import Cut
 from nightstream.store.merge import Replacement
 from nightstream.store.storage import Storage
@@ -259,6 +260,17 @@ def test_values_in_a_query_are_read_as_they_are(storages, spark, monkeypatch):
         assert found(texts) == sorted(texts)
         assert [found([text]) for text in texts] == [[text] for text in texts]
         assert found([]) == found(texts, AT.replace(microsecond=0)) == []
+
+
+def test_few_rows_come_to_the_driver_and_more_do_not(storages, spark, monkeypatch):
+    monkeypatch.setattr(storage_module, "LOCAL_ROWS", 2)
+    for storage in storages.values():
+        assert storage.few_rows(EVENTS, "event_id = :id", id="a").num_rows == 0
+        storage.append(EVENTS, rows(spark, EVENTS, *({"event_id": text} for text in "abc")))
+        few = storage.few_rows(EVENTS, "event_id IN (:ids)", ids=["a", "b"])
+        assert few.schema == arrow_schema(EVENTS.schema)
+        assert sorted(few["event_id"].to_pylist()) == ["a", "b"]
+        assert storage.few_rows(EVENTS, "event_id IN (:ids)", ids=["a", "b", "c"]) is None
 
 
 def test_delta_rs_is_refused_where_it_cannot_write():
