@@ -66,7 +66,12 @@ def _huge(rng, n, huge):
         rng,
         (text(n, user_id="u" * huge), "too_long"),
         ("x" * huge, "not_json"),
-        (text(n, value="9" * huge), "out_of_range"),
+        (text(n, value="9" * huge), "too_long"),
+        (text(n, value="9" * huge + "x"), "too_long"),
+        (text(n, event_time="9" * huge + "x"), "too_long"),
+        (text(n, event_time="2024-01-01" + " " * huge + "x"), "too_long"),
+        (text(n, value=" " * huge + "1"), None),
+        (text(n, note="n" * 2_000_000), "too_long"),
         (text(n, value="1" * huge)[: huge // 2], "not_json"),
         (text(n, note="n" * huge), None),
     )

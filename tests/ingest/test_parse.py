@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 import zlib
 from datetime import UTC, datetime
 from typing import Any
@@ -20,6 +21,7 @@ RULES = EventSettings(
     default_type="view",
     retraction_type="retract",
     max_id_length=10,
+    max_payload_bytes=1_200_000,
     max_future_seconds=60,
     min_value=-5.0,
     max_value=5.0,
@@ -72,6 +74,12 @@ REJECTED = [
     (changed(user_id="u" * 11), "too_long", "user_id"),
     (changed(item_id="ü" * 11), "too_long", "item_id"),
     (changed(event_id="e" * 11), "too_long", "event_id"),
+    (changed(event_time="1" * 1101), "too_long", "event_time"),
+    (changed(event_time="2025-01-01" + " " * 1100 + "UTC"), "too_long", "event_time"),
+    (changed(value="1" * 1101), "too_long", "value"),
+    (changed(value="1" * 1100), "out_of_range", "value"),
+    (changed(note="n" * 1_200_000), "too_long", "payload"),
+    ("x" * 1_200_001, "too_long", "payload"),
     (changed(user_id="*"), "reserved", "user_id"),
     (changed(user_id=" * "), "reserved", "user_id"),
     (changed(user_id={"a": 1}), "unreadable", "user_id"),
@@ -113,6 +121,23 @@ def test_what_is_rejected_and_why(spark):
     lines = [line for line, _, _ in REJECTED]
     found = [(r.payload, r.reason, r.field) for r in parsed(spark, lines)]
     assert found == REJECTED
+
+
+LONG = ("1" * 60_000 + "x", "1" * 60_000 + "e1234", "2025-01-01" + " " * 60_000 + "x", "[" * 60_000, "?" * 60_000)
+
+
+def test_nothing_in_a_payload_takes_out_of_all_proportion(spark):
+    """Against as many characters that nobody looks into."""
+
+    def seconds(lines: list[str]) -> float:
+        begun = time.monotonic()
+        parsed(spark, lines)
+        return time.monotonic() - begun
+
+    hostile = [changed(**{name: text}) for name in COLUMNS for text in LONG]
+    harmless = [changed(user_id=f"u{n}", note="n" * 60_000) for n in range(len(hostile))]
+    seconds(harmless)
+    assert seconds(hostile) < 10 * seconds(harmless)
 
 
 def test_a_rejected_row_has_no_event(spark):

@@ -22,7 +22,7 @@ from nightstream.ingest.formats import (
     recbole_types,
     require_columns,
 )
-from nightstream.ingest.parse import BAD_ID, BLANK, NUMBER, json_objects
+from nightstream.ingest.parse import BAD_ID, BLANK, LONGEST_NUMBER, NUMBER, json_objects
 from nightstream.runtime.settings import ItemSource, Settings, UserSource
 from nightstream.store.merge import Merge, When
 from nightstream.store.storage import Storage
@@ -183,7 +183,7 @@ def _numbers(rows: DataFrame, names: tuple[str, ...]) -> Column:
 def _number(rows: DataFrame, name: str) -> Column:
     """The first number of the text (a RecBole float_seq has several), null where it is none or not finite."""
     first = F.regexp_extract(_text(rows, name), r"^\s*(\S+)", 1)
-    number = F.when(first.rlike(NUMBER), first.try_cast("double"))
+    number = F.when((F.length(first) <= LONGEST_NUMBER) & first.rlike(NUMBER), first.try_cast("double"))
     return F.when(F.abs(number) < float("inf"), number)
 
 

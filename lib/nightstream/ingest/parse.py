@@ -25,7 +25,10 @@ REASONS = (
 
 
 BLANK = " \t\r\n\u00a0\u3000\ufeff"
-NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?$"
+NUMBER = r"^[+-]?(\d++\.?\d*+|\.\d++)([eE][+-]?\d{1,3})?$"
+# Characters of a number or a time: no double is written with more, and patterns and parsers take more than twice as
+# long for twice as many.
+LONGEST_NUMBER = 1_100
 _NOT_FINITE = r"(?i)^[+-]?(nan|inf|infinity)$"
 _ISO = r"^\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2}(\.\d{1,9})?)?)?"
 _ZONE = r"(Z|[+-]\d{2}(:?\d{2})?)$"
@@ -85,10 +88,10 @@ def parse(
     microseconds or iso. A retraction may leave out item_id. A key given twice at the top level is refused: readers of
     JSON do not agree on which value counts.
     A derived event_id leads with crc32("user_id/item_id"), so that order by (event_time, event_id) breaks ties by it.
-    Never fails on a payload: whatever cannot be read gets a reason.
+    Never fails on a payload: whatever cannot be read gets a reason. What is too long is not looked into.
     """
     payloads = _readable(payloads)
-    text, is_event = _texts(payloads, columns)
+    text, is_event = _texts(payloads, columns, rules.max_payload_bytes)
     added = [n for n in EVENTS.schema.names if n not in RAW_EVENTS.schema.names]
     return _checked(text, is_event, columns, time_unit, rules, reserved_user).select(
         *payloads.columns, *added, "reason", "field"
@@ -123,9 +126,11 @@ def _without_mark(name: str) -> Column:
     return F.ltrim(F.regexp_replace(name, "^\ufeff", ""))
 
 
-def _texts(raw: DataFrame, columns: Mapping[str, str]) -> tuple[DataFrame, Column]:
-    """The payload's values as trimmed text columns _event_id, …, null where absent or blank, and «is a JSON object»."""
-    rows = raw.withColumn("_object", json_objects("payload", sorted(set(columns.values()))))
+def _texts(raw: DataFrame, columns: Mapping[str, str], max_bytes: int) -> tuple[DataFrame, Column]:
+    """The payload's values as trimmed text columns _event_id, …, null where absent or blank, and «is a JSON object»;
+    with _short, the payload, null where it is longer than max_bytes."""
+    rows = raw.withColumn("_short", F.when(F.octet_length("payload") <= max_bytes, F.col("payload")))
+    rows = rows.withColumn("_object", json_objects("_short", sorted(set(columns.values()))))
     values = {}
     for name in ("event_id", "user_id", "item_id", "event_type", "event_time", "value", "retracts"):
         if name in columns:
@@ -144,8 +149,8 @@ def _checked(
     rules: EventSettings,
     reserved_user: str,
 ) -> DataFrame:
-    micros = _microseconds(F.col("_event_time"), time_unit)
-    number = F.regexp_replace("_value", '"', "")
+    micros = _microseconds(_bounded("_event_time"), time_unit)
+    number = F.regexp_replace(_bounded("_value"), '"', "")
     rows = rows.withColumns(
         {
             "event_type": F.coalesce(F.col("_event_type"), F.lit(rules.default_type)),
@@ -157,9 +162,10 @@ def _checked(
     retraction = F.col("event_type") == rules.retraction_type
     latest = F.unix_micros("arrival_time") + rules.max_future_seconds * 1_000_000
     value, time = F.col("value"), F.col("_micros")
-    keys = F.json_object_keys(_without_mark("payload"))
+    keys = F.json_object_keys(_without_mark("_short"))
     problems: list[tuple[Column, str, str]] = [
         (F.col("payload_bytes").isNotNull(), NOT_UTF8, "payload"),
+        (F.col("_short").isNull(), TOO_LONG, "payload"),
         (~is_event, NOT_JSON, "payload"),
         (F.size(keys) > F.size(F.array_distinct(keys)), REPEATED_KEY, "payload"),
         *_id_problems("user_id", columns, rules.max_id_length, F.lit(True)),
@@ -169,10 +175,12 @@ def _checked(
         *_id_problems("event_id", columns, rules.max_id_length, F.lit(False)),
         *_id_problems("retracts", columns, rules.max_id_length, retraction),
         (F.col("_event_time").isNull(), MISSING, "event_time"),
+        (F.length("_event_time") > LONGEST_NUMBER, TOO_LONG, "event_time"),
         (time.isNull(), UNREADABLE, "event_time"),
         ((time < 0) | (time > _LAST_MICROSECOND), OUT_OF_RANGE, "event_time"),
         (time > latest, IN_FUTURE, "event_time"),
         (F.col("_infinite") | ~value.between(rules.min_value, rules.max_value) | F.isnan(value), OUT_OF_RANGE, "value"),
+        (F.length("_value") > LONGEST_NUMBER, TOO_LONG, "value"),
         (F.col("_value").isNotNull() & value.isNull(), UNREADABLE, "value"),
     ]
     verdict = F.coalesce(
@@ -194,6 +202,11 @@ def _checked(
     pair = F.concat("user_id", F.lit("/"), F.coalesce("item_id", F.lit("")))
     derived = F.concat(F.lpad(F.crc32(pair).cast("string"), 10, "0"), F.lit("-"), "content_hash")
     return rows.withColumn("event_id", F.when(valid, F.coalesce(F.col("_event_id"), derived)))
+
+
+def _bounded(name: str) -> Column:
+    """The text column, null where it is longer than a number or a time can be."""
+    return F.when(F.length(name) <= LONGEST_NUMBER, F.col(name))
 
 
 def content_hash() -> Column:
@@ -220,9 +233,9 @@ def _id_problems(
     if name in columns:
         key = _regex_literal(columns[name])
         # The parser gives nested values as their JSON text: only the payload tells `[1]` from `"[1]"`.
-        nested = text.rlike(r"^[\[{]") & F.col("payload").rlike(rf'"{key}"\s*:\s*[\[{{]')
+        nested = text.rlike(r"^[\[{]") & F.col("_short").rlike(rf'"{key}"\s*:\s*[\[{{]')
         # A lone surrogate has become a question mark, on which different ids would meet.
-        lone = text.contains("?") & F.col("payload").rlike(_LONE_SURROGATE)
+        lone = text.contains("?") & F.col("_short").rlike(_LONE_SURROGATE)
         # Numbers that no double holds come as quoted words.
         number = text.isin('"NaN"', '"Infinity"', '"-Infinity"')
         problems.append((text.rlike(BAD_ID) | nested | lone | number, UNREADABLE, name))

@@ -77,6 +77,7 @@ class EventSettings(Section):
     default_type: str
     retraction_type: str
     max_id_length: int = Field(ge=1, le=4096)
+    max_payload_bytes: int = Field(ge=1_000, le=100_000_000)
     max_future_seconds: int = Field(ge=0, le=604_800)
     min_value: float
     max_value: float
