@@ -94,7 +94,7 @@ def test_items_are_scaled_and_indexed(statistics):
 
 
 def test_what_training_never_saw_has_a_place(statistics):
-    strange = [("9", None, "zzz toy", {"genre": ["new"], "other": ["x"]}, {"price": 1e300, "weight": 1.0}, True)]
+    strange = [("9", None, "zzz toy", {"genre": ["new"], "other": ["x"]}, {"price": 1e3, "weight": 1.0}, True)]
     found = transform_items(arrow(strange, ITEMS), statistics)
     assert found.numbers.tolist() == [[CLIP, 0.0]]
     assert found.categories[0][0, 0] == 1
@@ -124,6 +124,41 @@ def test_users_without_attributes(statistics):
 def test_event_values_are_standardised(statistics):
     scaled = statistics.scale_values(pa.array([1.0, 2.0, None], pa.float64()))
     np.testing.assert_allclose(scaled, [-1.2247449, 0, 0], rtol=1e-5)
+
+
+def test_a_number_that_stands_for_none_is_none(spark, caplog):
+    signs = [-1.797e308, 1.7e308, -1e155, 3.4e38, -9.2e18, -2147483648.0, 2147483647.0, -1e7]
+    rows = [(f"u{n}", {}, {name: float(20 + n % 40) for name in ("age", *map(str, signs))}) for n in range(80)]
+    rows.append(("v", {}, {str(sign): sign for sign in signs}))
+    nothing = [spark.createDataFrame([], s.schema) for s in (ITEMS, EVENTS)]
+    fitted = fit(nothing[0], spark.createDataFrame(rows, USERS.schema), nothing[1], ("view",), SETTINGS)
+    statistics = FeatureStatistics.from_json(fitted.to_json())
+    scales = statistics.users.numbers
+    numbers = transform_users(arrow(rows, USERS), statistics).numbers
+    scaled, are_missing = (dict(zip(scales, columns.T, strict=True)) for columns in np.split(numbers, 2, axis=1))
+    for name in map(str, signs):
+        assert f"{name}: 1 of 81 values are left out" in caplog.text
+        assert scales[name].deviation == pytest.approx(scales["age"].deviation)
+        np.testing.assert_allclose(scaled[name], scaled["age"], rtol=1e-6)
+        assert are_missing[name].tolist() == are_missing["age"].tolist() == [0] * 80 + [1]
+
+
+def test_what_is_far_from_the_others_is_a_value_all_the_same(spark, caplog):
+    views = [0.0] * 60 + [float(10**n) for n in range(7)]
+    rows = [(f"i{n}", None, None, {}, {"views": x, "price": 0.01 * 4 ** (n % 12)}, True) for n, x in enumerate(views)]
+    nothing = [spark.createDataFrame([], s.schema) for s in (USERS, EVENTS)]
+    scale = fit(spark.createDataFrame(rows, ITEMS.schema), *nothing, ("view",), SETTINGS).items.numbers
+    assert not caplog.text
+    assert not np.isnan(scale["views"].usable(np.array(views))).any()
+    assert scale["views"].logarithmic
+
+
+def test_an_attribute_of_nothing_but_signs_for_none_is_none(spark, caplog):
+    rows = [(f"u{n}", {}, {"age": -1.8e308, "income": 1.0}) for n in range(5)]
+    nothing = [spark.createDataFrame([], s.schema) for s in (ITEMS, EVENTS)]
+    found = fit(nothing[0], spark.createDataFrame(rows, USERS.schema), nothing[1], ("view",), SETTINGS)
+    assert list(found.users.numbers) == ["income"]
+    assert "age: 5 of 5 values are left out" in caplog.text
 
 
 def test_nothing_to_learn_from(spark):

@@ -28,13 +28,23 @@ _WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
 
 
 class Scale(BaseModel):
-    """A number's normalisation: (x - mean) / deviation, of log1p(x) where `logarithmic`."""
+    """A number's normalisation: (x - mean) / deviation, of log1p(x) where `logarithmic`.
+
+    low, high: what lies outside of them is no value but a sign for none, such as -1.8e308; None for no bound.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     mean: float
     deviation: float
     logarithmic: bool = False
+    low: float | None = None
+    high: float | None = None
+
+    def usable(self, values: np.ndarray) -> np.ndarray:
+        """The values, NaN in place of those out of bounds."""
+        low, high = (-np.inf if self.low is None else self.low), (np.inf if self.high is None else self.high)
+        return np.where((values >= low) & (values <= high), values, np.nan)
 
     def apply(self, values: np.ndarray) -> np.ndarray:
         """float64 with NaN for missing -> float32, 0 for missing, clipped to CLIP deviations."""
@@ -116,7 +126,7 @@ def _attributes(rows: pa.Table, known: Attributes) -> tuple[np.ndarray, tuple[np
     number_maps = [dict(m or ()) for m in rows["numbers"].to_pylist()] if known.numbers else []
     columns, missing = [], []
     for name, scale in known.numbers.items():
-        raw = np.array([m.get(name, np.nan) for m in number_maps], np.float64)
+        raw = scale.usable(np.array([m.get(name, np.nan) for m in number_maps], np.float64))
         columns.append(scale.apply(raw))
         missing.append(np.isnan(raw).astype(np.float32))
     numbers = np.stack(columns + missing, 1) if columns else np.zeros((count, 0), np.float32)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from nightstream.models.features import Attributes, FeatureStatistics, Scale, words_of
 from nightstream.runtime.settings import FeatureSettings
 
+log = logging.getLogger(__name__)
+
 SKEWED = 2.0  # mean over median from which a positive number is read by its logarithm
 MAX_ATTRIBUTES = 256
+# A number is no value, but another system's sign for none, where it lies so many times the distance of the quartiles
+# outside of them, by its signed logarithm, or so many units, a factor of three million, where they lie close together.
+# Counts and prices are heavy-tailed, and stay far within. Squares of larger ones than LARGEST are no number.
+FAR_OFF, FAR_OFF_UNITS, LARGEST = 10.0, 15.0, 1e100
 
 
 def fit(
@@ -37,7 +44,7 @@ def fit(
 
 
 def _attributes(rows: DataFrame, limit: int) -> Attributes:
-    pairs = rows.select(F.explode("numbers").alias("name", "x"))
+    pairs = _within_bounds(rows.select(F.explode("numbers").alias("name", "x")))
     positive = F.min("x") >= 0
     figures = (
         pairs.groupBy("name")
@@ -47,6 +54,11 @@ def _attributes(rows: DataFrame, limit: int) -> Attributes:
             F.avg(F.log1p(F.greatest("x", F.lit(0.0)))).alias("log_mean"),
             F.stddev_pop(F.log1p(F.greatest("x", F.lit(0.0)))).alias("log_deviation"),
             (positive & (F.avg("x") > SKEWED * F.median("x"))).alias("logarithmic"),
+            F.first("low").alias("low"),
+            F.first("high").alias("high"),
+            F.count_if(F.col("x").isNull()).alias("far_off"),
+            F.first("far_off_value", ignorenulls=True).alias("example"),
+            F.count(F.lit(1)).alias("all"),
         )
         .orderBy("name")
         .limit(MAX_ATTRIBUTES)
@@ -57,9 +69,18 @@ def _attributes(rows: DataFrame, limit: int) -> Attributes:
             mean=r.log_mean if r.logarithmic else r.mean,
             deviation=(r.log_deviation if r.logarithmic else r.deviation) or 1.0,
             logarithmic=r.logarithmic,
+            low=r.low,
+            high=r.high,
         )
         for r in figures
+        if r.far_off < r.all
     }
+    for r in figures:
+        if r.far_off:
+            log.warning(
+                "%s: %d of %d values are left out, %g for example: they are out of all proportion to the others",
+                *(r.name, r.far_off, r.all, r.example),
+            )
     values = rows.select(F.explode("categories").alias("name", "values")).select("name", F.explode("values").alias("v"))
     counted = values.groupBy("name", "v").count()
     ranked = counted.groupBy("name").agg(
@@ -67,6 +88,31 @@ def _attributes(rows: DataFrame, limit: int) -> Attributes:
     )
     kept = ranked.orderBy("name").limit(MAX_ATTRIBUTES).collect()
     return Attributes(numbers=numbers, categories={r.name: tuple(e.v for e in r.kept) for r in kept})
+
+
+def _within_bounds(pairs: DataFrame) -> DataFrame:
+    """(name, x) -> (name, x, low, high, far_off_value): x is null where it is out of the bounds of its name, and is
+    far_off_value then. The bounds are null where all values are too large."""
+    signed = F.signum("x") * F.log1p(F.abs("x"))
+    quartiles = F.percentile(signed, F.array(F.lit(0.25), F.lit(0.75)))
+    bounds = pairs.where(F.abs("x") <= LARGEST).groupBy("name").agg(quartiles.alias("q"))
+    first, third = F.get("q", F.lit(0)), F.get("q", F.lit(1))
+    distance = F.greatest(FAR_OFF * (third - first), F.lit(FAR_OFF_UNITS))
+    bounds = bounds.select("name", _unsigned(first - distance).alias("low"), _unsigned(third + distance).alias("high"))
+    placed = pairs.join(F.broadcast(bounds), "name", "left")
+    inside = F.coalesce(F.col("x").between(F.col("low"), F.col("high")), F.lit(False))
+    return placed.select(
+        "name",
+        F.when(inside, F.col("x")).alias("x"),
+        "low",
+        "high",
+        F.when(~inside, F.col("x")).alias("far_off_value"),
+    )
+
+
+def _unsigned(signed: Column) -> Column:
+    """The number of a signed logarithm, within LARGEST."""
+    return F.signum(signed) * F.least(F.expm1(F.abs(signed)), F.lit(LARGEST))
 
 
 def _words(items: DataFrame, limit: int) -> tuple[str, ...]:
