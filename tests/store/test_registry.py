@@ -64,6 +64,20 @@ def test_the_newest_published_row_serves_and_publishing_an_old_version_rolls_bac
         registry.publish(storage, "v7", AT)
 
 
+def test_what_is_recorded_last_counts_whatever_a_clock_once_said(storage, caplog):
+    ahead = AT + timedelta(days=4000)
+    for version, at in (("v1", ahead), ("v2", AT), ("v3", AT)):
+        registry.record(storage, version, registry.TRAINED, at, {}, {}, [])
+        assert registry.candidate(storage).model_version == version
+        assert registry.publish(storage, version, at) == registry.published(storage)
+        assert registry.published(storage).model_version == version
+    assert caplog.text.count("a clock or an --as-of was ahead") == 4
+    registry.publish(storage, "v1", AT)
+    assert registry.published(storage).model_version == "v1"
+    registry.reject(storage, "v3", AT, {})
+    assert registry.candidate(storage).model_version == "v2"
+
+
 def test_a_rejected_version_is_no_candidate_until_a_person_publishes_it(storage):
     for number in (1, 2):
         at = AT + timedelta(days=number)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import pyarrow as pa
@@ -19,8 +20,12 @@ from nightstream.errors import ArtifactError, TableError
 from nightstream.store.storage import Storage
 from nightstream.store.tables import MODEL_ARTIFACTS, MODELS
 
+log = logging.getLogger(__name__)
+
 PART_BYTES = 32 * 1024 * 1024
 TRAINED, PUBLISHED, REJECTED = "trained", "published", "rejected"
+# From here on it is told: the steps of a night all have its moment.
+_AHEAD = timedelta(minutes=10)
 _NEWEST = "ORDER BY at DESC, model_version DESC LIMIT 1"
 
 
@@ -90,17 +95,31 @@ def record(
     settings: dict[str, Any],
     metrics: dict[str, Any],
     history: list[dict[str, Any]],
-) -> None:
-    """Append one row to `models` in one commit; with status PUBLISHED this is the hand-over."""
+) -> ModelRow:
+    """The row, appended to `models` in one commit; with status PUBLISHED this is the hand-over.
+
+    Where a row there is as new as `at`, it is the microsecond after that: what is recorded last is the newest, whatever
+    a clock or an --as-of once said.
+    """
+    storage.create(MODELS)
+    newest = storage.query("SELECT max(at) AS at FROM {models}", MODELS)["at"][0].as_py()
+    if newest is not None and newest >= at:
+        if newest - at > _AHEAD:
+            log.warning(
+                "models has a row of %s, and this one is noted right after it; a clock or an --as-of was ahead",
+                f"{newest:%Y-%m-%d %H:%M}",
+                extra={"model": version, "status": status},
+            )
+        at = newest + timedelta(microseconds=1)
     row = (version, status, at, json.dumps(settings, sort_keys=True), json.dumps(metrics), json.dumps(history))
     storage.append_values(MODELS, [row])
+    return ModelRow(version, status, at, settings, metrics, history)
 
 
 def publish(storage: Storage, version: str, at: datetime) -> ModelRow:
     """Publish a trained version, new, old or rejected. Raises TableError where the version is unknown."""
     known = _known(storage, version)
-    record(storage, version, PUBLISHED, at, known.settings, known.metrics, known.history)
-    return ModelRow(version, PUBLISHED, at, known.settings, known.metrics, known.history)
+    return record(storage, version, PUBLISHED, at, known.settings, known.metrics, known.history)
 
 
 def reject(storage: Storage, version: str, at: datetime, numbers: dict[str, float]) -> None:
