@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from chispa.dataframe_comparer import assert_df_equality
 from nightstream.errors import SourceError
-from nightstream.ingest import dimensions, formats, sources
+from nightstream.ingest import dimensions, formats, parse, sources
 from nightstream.runtime.settings import EventSource, ItemSource, UserSource, load
 from nightstream.store.tables import ITEMS, USERS
 from pyspark.sql import functions as F
 
+CONF = Path(__file__).parents[2] / "conf"
 MODIFIED = 1_750_000_000
 COLUMNS = {"user_id": "user", "item_id": "item", "event_time": "at"}
 
@@ -62,6 +63,32 @@ def test_parquet_and_delta_keep_microseconds(spark, tmp_path):
         assert json.loads(row.payload) == {"user": "u", "item": 7, "at": "2026-01-02T03:04:05.678901Z"}
         assert row.arrival_time is not None
         assert row.position == path if kind == "delta" else row.position.endswith(".parquet")
+
+
+def test_an_id_is_the_same_whatever_type_carries_it(spark, tmp_path):
+    kinds = ("string", "binary", "byte", "short", "int", "long", "float", "double", "decimal(12,2)", "decimal(5,0)")
+    columns = [F.lit("107").cast(kind).alias(f"as {kind}") for kind in kinds]
+    columns += [F.lit("107.5").cast("double").alias("loses"), F.unhex(F.lit("FF00")).alias("no text")]
+    path = str(tmp_path / "ids")
+    spark.range(1).select(*columns, F.lit(1_700_000_000).alias("at")).write.parquet(path)
+    opened = formats.open_batch(spark, "parquet", path)
+    names = formats.own_columns(opened)[:-1]
+    payloads = events(spark, "parquet", path, {"user_id": "as string", "item_id": "as string", "event_time": "at"})
+    rules = load([CONF / "base.yaml"]).events
+    told = {}
+    for name in names:
+        mapped = {"user_id": name, "item_id": "as string", "event_time": "at"}
+        (row,) = parse.parse(payloads, mapped, "auto", rules, "*").select("user_id", "reason", "field").collect()
+        told[name] = row.user_id or (row.reason, row.field)
+    (described,) = opened.select(*(dimensions._identity(opened, n, "parquet").alias(n) for n in names)).collect()
+    assert told == {**{f"as {kind}": "107" for kind in kinds}, "loses": ("unreadable", "user_id"), "no text": "/wA="}
+    assert described.asDict() == {**told, "loses": None}
+
+
+def test_ids_of_json_items_are_those_of_json_events(spark, tmp_path):
+    lines = ['{"item_id": 107.0}', '{"item_id": "108.0"}', '{"item_id": 109.5}', '{"item_id": 110}']
+    found = dimensions.items(spark, ItemSource(path=write(tmp_path / "i.jsonl", "\n".join(lines))), 20)
+    assert {r.item_id for r in found.rows.collect()} == {"107", "108.0", "110"}
 
 
 def test_bad_sources_are_named(spark, tmp_path):
@@ -129,6 +156,11 @@ def test_items_of_a_csv(spark, tmp_path):
         "1,  Toy   Story ,A  toy,a| b||a,x,1.5,yes\n"
         "2,,,,,nan,0\n"
         "3,T,1e400,q,,1e400,\n"
+        "4,,,,,,0.0\n"
+        "5,,,,,,1.0\n"
+        "6,,,,,,-3\n"
+        "7,,,,,,NaN\n"
+        "8,,,,,, FALSE \n"
         " 1 ,Z newer,,,,,\n"
         ",none,,,,1,1\n"
         "444444,too long,,,,1,1\n",
@@ -148,6 +180,7 @@ def test_items_of_a_csv(spark, tmp_path):
         ("1", "Toy Story", "Toy Story A toy", {"tags": ["a", "b"], "brand": ["x"]}, {"price": 1.5}, True),
         ("2", None, None, {}, {}, False),
         ("3", "T", "T 1e400", {"tags": ["q"]}, {}, True),
+        *((number, None, None, {}, {}, number in "57") for number in "45678"),
     ]
     assert_df_equality(restated(spark, found.rows, ITEMS), spark.createDataFrame(expected, ITEMS.schema))
     assert found.left_out == {"without a usable id": 2, "repeated": 1}
@@ -170,8 +203,7 @@ def test_any_recbole_data_set_by_three_settings(spark, tmp_path):
         "item_id:token\tname:token_seq\tkind:token\tgenre:token_seq\tprice:float\timdb_url:token\n"
         "2\tA b\tk\tg h\t5\thttp\n",
     )
-    conf = Path(__file__).parents[2] / "conf" / "recbole.yaml"
-    settings = load([conf], [f"sources.events.path={inter}", f"sources.items.path={item}"])
+    settings = load([CONF / "recbole.yaml"], [f"sources.events.path={inter}", f"sources.items.path={item}"])
     assert sources.read_events(spark, settings.sources.events).count() == 1
     (row,) = sources.read_items(spark, settings).collect()
     assert (row.title, row.text, row.categories, row.numbers) == ("A b", "A b g h", {"kind": ["k"]}, {"price": 5.0})

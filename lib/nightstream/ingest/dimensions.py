@@ -16,13 +16,14 @@ from nightstream.ingest import formats
 from nightstream.ingest.formats import (
     ARRIVAL,
     POSITION,
+    as_text,
     open_batch,
     own_columns,
     quoted,
     recbole_types,
     require_columns,
 )
-from nightstream.ingest.parse import BAD_ID, BLANK, LONGEST_NUMBER, NUMBER, json_objects
+from nightstream.ingest.parse import BAD_ID, BLANK, LONGEST_NUMBER, NUMBER, is_number, json_objects, whole
 from nightstream.runtime.settings import ItemSource, Settings, UserSource
 from nightstream.store.merge import Merge, When
 from nightstream.store.storage import Storage
@@ -65,7 +66,9 @@ def items(spark: SparkSession, source: ItemSource, max_id_length: int) -> Descri
         "text": _line(F.concat_ws(" ", *(_text(rows, c) for c in text))),
         "categories": _categories(rows, source.categories),
         "numbers": _numbers(rows, source.numbers),
-        "available": _available(_text(rows, source.available)) if source.available else F.lit(True),
+        "available": _available(F.btrim(_text(rows, source.available), F.lit(BLANK)))
+        if source.available
+        else F.lit(True),
     }
     return _described(rows, source, ITEMS, "item_id", columns, max_id_length, None)
 
@@ -116,7 +119,7 @@ def _described(
     max_id_length: int,
     reserved: str | None,
 ) -> Described:
-    identity = F.btrim(_text(rows, source.id), F.lit(BLANK))
+    identity = _identity(rows, source.id, source.format)
     usable = F.length(identity).between(1, max_id_length) & ~identity.rlike(BAD_ID)
     if reserved is not None:
         usable &= identity != reserved
@@ -142,7 +145,18 @@ def _text(rows: DataFrame, name: str) -> Column:
     """The column as text; of a list its parts with spaces between."""
     if isinstance(rows.schema[name].dataType, T.ArrayType):
         return F.concat_ws(" ", quoted(name).cast("array<string>"))
-    return F.make_valid_utf8(quoted(name).cast("string"))
+    return F.make_valid_utf8(as_text(rows, name).cast("string"))
+
+
+def _identity(rows: DataFrame, name: str, kind: str) -> Column:
+    """The id as text, as parse.parse reads it in events."""
+    text = F.btrim(_text(rows, name), F.lit(BLANK))
+    if kind == "jsonl":
+        number = is_number(text, F.col("_line"), name)
+    else:
+        number = F.lit(isinstance(rows.schema[name].dataType, T.FractionalType))
+    found = F.when(number, whole(text)).otherwise(text)
+    return F.when(~(number & found.rlike(r"[.eE]")), found)
 
 
 def _line(text: Column) -> Column:
@@ -188,7 +202,9 @@ def _number(rows: DataFrame, name: str) -> Column:
 
 
 def _available(text: Column) -> Column:
-    return F.coalesce(~F.lower(F.trim(text)).isin(*_FALSE), F.lit(True))
+    # A flag that went through a table beside missing values is 1.0 or 0.0, and a stock may be below nothing.
+    number = F.when((F.length(text) <= LONGEST_NUMBER) & text.rlike(NUMBER), text.try_cast("double"))
+    return F.coalesce(~F.lower(text).isin(*_FALSE) & F.coalesce(number > 0, F.lit(True)), F.lit(True))
 
 
 def merge(storage: Storage, spec: TableSpec, rows: DataFrame, attempts: int) -> None:

@@ -115,6 +115,18 @@ def quoted(name: str) -> Column:
     return F.col("`" + name.replace("`", "``") + "`")
 
 
+def as_text(rows: DataFrame, name: str) -> Column:
+    """A column of bytes as the text that they are, or in base64 where they are none; other columns as they are.
+
+    Some writers of Parquet do not mark their texts.
+    """
+    column = quoted(name)
+    if not isinstance(rows.schema[name].dataType, T.BinaryType):
+        return column
+    text = column.cast("string")
+    return F.when(F.is_valid_utf8(text), text).otherwise(F.base64(column)).alias(name)
+
+
 def origin(position: Column) -> dict[str, Column]:
     """_position as given and _arrival_time, the modification time of the file."""
     return {POSITION: position, ARRIVAL: F.col("_metadata.file_modification_time")}

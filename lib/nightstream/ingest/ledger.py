@@ -93,7 +93,8 @@ class Recorded:
 def parsed(payloads: DataFrame, settings: Settings) -> DataFrame:
     """Payload rows with what `parse.parse` reads in them under these settings."""
     source = settings.sources.events
-    return parse.parse(payloads, source.columns, source.time_unit, settings.events, settings.serving.default_user)
+    reserved = settings.serving.default_user
+    return parse.parse(payloads, source.columns, source.time_unit, settings.events, reserved, source.time_zone)
 
 
 def arrive(arrived: DataFrame, settings: Settings, micro_batch: bool = False) -> Cut:

@@ -32,8 +32,14 @@ LONGEST_NUMBER = 1_100
 _NOT_FINITE = r"(?i)^[+-]?(nan|inf|infinity)$"
 _ISO = r"^\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2}(\.\d{1,9})?)?)?"
 _ZONE = r"(Z|[+-]\d{2}(:?\d{2})?)$"
+# 201411, 20141118 and 201411181230 are no epoch times that anybody means, in whatever unit.
+_COMPACT_DATE = r"^(19|20)\d\d(0[1-9]|1[0-2])((0[1-9]|[12]\d|3[01])(([01]\d|2[0-3])[0-5]\d)?)?$"
+_FRACTIONAL = r"^-?\d+(\.\d+([eE][+-]?\d+)?|[eE][+-]?\d+)$"
+_EXACT = 2**53  # below it a double holds every whole number
 BAD_ID = r"[\x00-\x1f\x7f\ufffd]"
 _LONE_SURROGATE = r"(?i)\\ud[89ab][0-9a-f]{2}(?!\\ud[c-f][0-9a-f]{2})|(?<!\\ud[89ab][0-9a-f]{2})\\ud[c-f][0-9a-f]{2}"
+_IDS = ("event_id", "user_id", "item_id", "retracts")
+_LONGEST_DOUBLE = 40
 _SEPARATOR = "\u0001"
 _MICROS = {"seconds": 1_000_000, "milliseconds": 1_000, "microseconds": 1}
 _LAST_MICROSECOND = 253_402_300_799_999_999  # the end of the year 9999
@@ -76,7 +82,12 @@ def raw_table(parsed: pa.Table) -> pa.Table:
 
 
 def parse(
-    payloads: DataFrame, columns: Mapping[str, str], time_unit: str, rules: EventSettings, reserved_user: str
+    payloads: DataFrame,
+    columns: Mapping[str, str],
+    time_unit: str,
+    rules: EventSettings,
+    reserved_user: str,
+    time_zone: str = "UTC",
 ) -> DataFrame:
     """One row per payload row (payload, arrival_time, and any other columns, which stay): the columns of RAW_EVENTS
     that a source may leave out (null then), those of EVENTS that the payload tells, and reason and field, both null for
@@ -85,15 +96,17 @@ def parse(
     Row by row, so that a streaming query does it before its micro-batches are cut. In a payload that is not UTF-8 the
     broken bytes become U+FFFD, because readers of the tables would fail on them; payload_bytes keeps it as it came.
     columns: our column → key of the payload's JSON object (top level). time_unit: auto, seconds, milliseconds,
-    microseconds or iso. A retraction may leave out item_id. A key given twice at the top level is refused: readers of
-    JSON do not agree on which value counts.
+    microseconds, nanoseconds or iso. time_zone: of texts that name none. A retraction may leave out item_id. A key
+    given twice at the top level is refused: readers of JSON do not agree on which value counts.
+    An id that came as a number with a fraction, as pandas writes whole numbers beside missing ones, is that whole
+    number; where it is none, or a double does not hold it exactly, it is unreadable.
     A derived event_id leads with crc32("user_id/item_id"), so that order by (event_time, event_id) breaks ties by it.
     Never fails on a payload: whatever cannot be read gets a reason. What is too long is not looked into.
     """
     payloads = _readable(payloads)
     text, is_event = _texts(payloads, columns, rules.max_payload_bytes)
     added = [n for n in EVENTS.schema.names if n not in RAW_EVENTS.schema.names]
-    return _checked(text, is_event, columns, time_unit, rules, reserved_user).select(
+    return _checked(text, is_event, columns, time_unit, time_zone, rules, reserved_user).select(
         *payloads.columns, *added, "reason", "field"
     )
 
@@ -135,6 +148,8 @@ def _texts(raw: DataFrame, columns: Mapping[str, str], max_bytes: int) -> tuple[
     for name in ("event_id", "user_id", "item_id", "event_type", "event_time", "value", "retracts"):
         if name in columns:
             trimmed = F.btrim(F.col("_object").getField(columns[name]), F.lit(BLANK))
+            if name in _IDS:
+                trimmed = F.when(is_number(trimmed, F.col("_short"), columns[name]), whole(trimmed)).otherwise(trimmed)
             values[f"_{name}"] = F.when(trimmed != "", trimmed)
         else:
             values[f"_{name}"] = F.lit(None).cast("string")
@@ -146,10 +161,11 @@ def _checked(
     is_event: Column,
     columns: Mapping[str, str],
     time_unit: str,
+    time_zone: str,
     rules: EventSettings,
     reserved_user: str,
 ) -> DataFrame:
-    micros = _microseconds(_bounded("_event_time"), time_unit)
+    micros = _microseconds(_bounded("_event_time"), time_unit, time_zone)
     number = F.regexp_replace(_bounded("_value"), '"', "")
     rows = rows.withColumns(
         {
@@ -237,27 +253,45 @@ def _id_problems(
         # A lone surrogate has become a question mark, on which different ids would meet.
         lone = text.contains("?") & F.col("_short").rlike(_LONE_SURROGATE)
         # Numbers that no double holds come as quoted words.
-        number = text.isin('"NaN"', '"Infinity"', '"-Infinity"')
-        problems.append((text.rlike(BAD_ID) | nested | lone | number, UNREADABLE, name))
+        infinite = text.isin('"NaN"', '"Infinity"', '"-Infinity"')
+        fraction = is_number(text, F.col("_short"), columns[name])
+        problems.append((text.rlike(BAD_ID) | nested | lone | infinite | fraction, UNREADABLE, name))
         problems.append((F.length(text) > max_length, TOO_LONG, name))
     return problems
+
+
+def is_number(text: Column, payload: Column, key: str) -> Column:
+    """Whether a key's value, which is this text, stands in the payload as a number with a fraction or an exponent."""
+    # Only the payload tells `196.0` from `"196.0"`.
+    unquoted = payload.rlike(rf'"{_regex_literal(key)}"\s*:\s*-?\d')
+    return (F.length(text) <= _LONGEST_DOUBLE) & text.rlike(_FRACTIONAL) & unquoted
+
+
+def whole(text: Column) -> Column:
+    """The number as the text of a whole one; unchanged where it is none, or too large for a double to hold exactly."""
+    number = text.try_cast("decimal(38,16)")
+    is_whole = (number == F.floor(number)) & (F.abs(number) < _EXACT)
+    return F.when(is_whole, F.floor(number).cast("string")).otherwise(text)
 
 
 def _regex_literal(text: str) -> str:
     return "".join(c if c.isalnum() or c == "_" else f"\\x{{{ord(c):x}}}" for c in text)
 
 
-def _microseconds(text: Column, unit: str) -> Column:
-    """Microseconds since the epoch from ISO 8601 text (UTC where it names no zone) or an epoch number, else null."""
+def _microseconds(text: Column, unit: str, zone: str) -> Column:
+    """Microseconds since the epoch from ISO 8601 text (in `zone` where it names none) or an epoch number, else null."""
     plain = F.regexp_replace(text, '"', "")
     # 19 digits before the point: more cannot be a time, and the products below stay within decimal(38).
     number = F.when(plain.rlike(NUMBER), plain.try_cast("decimal(28,9)"))
     size = F.abs(number)
     if unit == "auto":
         factor = F.when(size > 10**14, 1).when(size > 10**11, 1_000).otherwise(1_000_000)
-        scaled = number * factor.cast("decimal(7,0)")
+        scaled = F.when(size > 10**17, number / 1000).otherwise(number * factor.cast("decimal(7,0)"))
+        scaled = F.when(~plain.rlike(_COMPACT_DATE), scaled)
     elif unit == "iso":
         scaled = F.lit(None).cast("decimal(36,9)")
+    elif unit == "nanoseconds":
+        scaled = number / 1000
     else:
         scaled = number * F.lit(_MICROS[unit]).cast("decimal(7,0)")
     from_number = F.floor(scaled).try_cast("bigint")
@@ -266,9 +300,10 @@ def _microseconds(text: Column, unit: str) -> Column:
     upper = F.upper(plain)
     iso = F.regexp_replace(F.regexp_replace(upper, r"^(\S{10})T", "$1 "), r"\s*(UTC|GMT)$", "Z")
     iso = F.regexp_replace(iso, r"^(\S{10} \d{2}:\d{2})(?!:)", "$1:00")
-    zoned = F.when(iso.rlike(_ZONE) & iso.contains(":"), iso).otherwise(F.concat(iso, F.lit("Z")))
+    own = "Z" if zone == "UTC" else f" {zone}"
+    zoned = F.when(iso.rlike(_ZONE) & iso.contains(":"), iso).otherwise(F.concat(iso, F.lit(own)))
     day = iso.rlike(r"^\d{4}-\d{2}-\d{2}$")
     # Without this shape Spark's cast would read "10:00" as ten o'clock today.
     shaped = upper.rlike(_ISO + r"(\s*(UTC|GMT|Z|[+-]\d{2}(:?\d{2})?))?$")
-    stamp = F.when(day, F.concat(iso, F.lit(" 00:00:00Z"))).otherwise(zoned)
+    stamp = F.when(day, F.concat(iso, F.lit(f" 00:00:00{own}"))).otherwise(zoned)
     return F.coalesce(from_number, F.when(shaped, F.unix_micros(stamp.try_cast("timestamp"))))

@@ -19,6 +19,7 @@ from nightstream.ingest.formats import (
     ARRIVAL,
     CORRUPT,
     POSITION,
+    as_text,
     load,
     open_batch,
     origin,
@@ -48,7 +49,8 @@ JSON_OPTIONS = {
 def read_events(spark: SparkSession, source: EventSource) -> DataFrame:
     """The payloads of a batch source: (payload, source, position, arrival_time), one row per line or table row.
 
-    JSON lines stay as they are; rows of the other formats become JSON objects of all their columns, without nulls.
+    JSON lines stay as they are; rows of the other formats become JSON objects of all their columns, without nulls;
+    bytes are read as text, see formats.as_text.
     position is the file, for Delta the table (its files are rewritten by OPTIMIZE); events.raw_rows makes it unique.
     arrival_time is the file's modification time.
     Raises SourceError for a missing, empty or unreadable source, and for mapped columns that a tabular source lacks.
@@ -122,7 +124,7 @@ def _payloads(rows: DataFrame, kind: str, path: str) -> DataFrame:
     if kind == "jsonl":
         payload = quoted("value")
     else:
-        payload = F.to_json(F.struct(*(quoted(c) for c in own_columns(rows))), JSON_OPTIONS)
+        payload = F.to_json(F.struct(*(as_text(rows, c) for c in own_columns(rows))), JSON_OPTIONS)
         if CORRUPT in rows.columns:
             # A row with too few or too many cells would be read askew: its line goes on as it is, to quarantine.
             payload = F.coalesce(quoted(CORRUPT), payload)

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl, urlsplit
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -101,7 +102,18 @@ class EventSource(Section):
     format: BatchFormat
     path: str = Field(min_length=1)
     columns: dict[str, str]
-    time_unit: Literal["auto", "seconds", "milliseconds", "microseconds", "iso"]
+    time_unit: Literal["auto", "seconds", "milliseconds", "microseconds", "nanoseconds", "iso"]
+    time_zone: str = "UTC"
+
+    @field_validator("time_zone")
+    @classmethod
+    def _known_zone(cls, name: str) -> str:
+        if not re.fullmatch(r"[+-]\d\d:\d\d", name):
+            try:
+                ZoneInfo(name)
+            except (ValueError, OSError, ZoneInfoNotFoundError):
+                raise ValueError(f"{name!r} is no time zone; write it as UTC, Asia/Shanghai or +08:00") from None
+        return name
 
     @model_validator(mode="after")
     def _known_columns(self) -> EventSource:
