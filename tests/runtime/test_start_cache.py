@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -43,7 +44,8 @@ def spark_home(tmp_path, monkeypatch) -> Path:
 
 def recorded(cache: StartCache) -> bool:
     """A process in place of the JVM, which writes what it is started to write."""
-    (part,) = (o.partition("=")[2] for o in cache.options(record=True).split() if "ArchiveClassesAtExit" in o)
+    options = shlex.split(cache.options(record=True))
+    (part,) = (o.partition("=")[2] for o in options if "ArchiveClassesAtExit" in o)
     with subprocess.Popen(["touch", part]) as jvm:
         return cache.keep(jvm)
 
@@ -58,6 +60,13 @@ def test_an_archive_is_used_by_the_java_and_the_spark_that_it_was_recorded_with(
     assert StartCache(tmp_path, "java 21", spark_home).options() == ""
     (spark_home / "jars" / "b.jar").touch()
     assert StartCache(tmp_path, "java 17", spark_home).options() == ""
+
+
+@pytest.mark.parametrize("name", ["my cache", 'the "good" one', "back\\slash", "it's", "缓存"])
+def test_the_folder_may_have_any_name(tmp_path, spark_home, name):
+    cache = StartCache(tmp_path / name, "java", spark_home)
+    assert recorded(cache)
+    assert f"-XX:SharedArchiveFile={cache.archive}" in shlex.split(cache.options())
 
 
 def test_a_jvm_that_wrote_none_leaves_nothing(tmp_path, spark_home):
@@ -166,16 +175,17 @@ def test_a_start_uses_what_the_warm_up_has_kept_and_a_damaged_archive_does_no_ha
         return result.stdout
 
     def start(name: str) -> list[str]:
-        return run("-c", START, str(tmp_path / "cache"), str(tmp_path / name)).split("\n")[:2]
+        return run("-c", START, str(folder), str(tmp_path / name)).split("\n")[:2]
 
+    folder = tmp_path / 'my "cache"'
     first = start("first")
     assert "io.delta" in first[1]
     command = ["-c", "from nightstream.cli import main; main()", "warm-up", "--settings", "conf/base.yaml"]
     # Those of a cluster do not get in the way.
     elsewhere = ("--set", "spark.master=spark://127.0.0.1:1")
-    kept = run(*command, "--set", f"spark.cache={tmp_path / 'cache'}", "--set", "spark.driver_memory=1g", *elsewhere)
+    kept = run(*command, "--set", f"spark.cache={folder}", "--set", "spark.driver_memory=1g", *elsewhere)
     archive = Path(json.loads(kept)["archive"])
-    assert archive.parent == tmp_path / "cache"
+    assert archive.parent == folder
     assert not list(archive.parent.glob("*.part"))
     second = start("second")
     assert second[1] == ""

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies
 
 from nightstream.errors import MachineError
@@ -215,9 +215,10 @@ def _own(settings: SparkSettings, master: str) -> dict[str, str]:
         configuration["spark.sql.streaming.checkpointFileManagerClass"] = _CHECKPOINTS
     if settings.packages:
         configuration[_PACKAGES] = ",".join(settings.packages)
-    log4j = files("nightstream.runtime") / "log4j2.properties"
+    log4j = Path(str(files("nightstream.runtime") / "log4j2.properties"))
     if log4j.is_file():
-        configuration[_JAVA_OPTIONS] = f"-Dlog4j2.configurationFile=file:{log4j}"
+        # As a URI, it has no spaces: Spark splits the options at them.
+        configuration[_JAVA_OPTIONS] = f"-Dlog4j2.configurationFile={log4j.absolute().as_uri()}"
     return configuration
 
 
@@ -338,7 +339,7 @@ def _cache_of(setting: str | None, java: str, spark_home: Path) -> StartCache | 
 
 def _files(jars: str) -> list[str]:
     """The paths in a list of `spark.jars`."""
-    return [urlsplit(jar).path for jar in jars.split(",") if jar]
+    return [unquote(urlsplit(jar).path) for jar in jars.split(",") if jar]
 
 
 def _spark_home() -> Path:

@@ -48,9 +48,9 @@ class StartCache:
     def options(self, record: bool = False) -> str:
         """What Java is started with: to use the archive where there is one, or to write one when it ends."""
         if record:
-            return f"{_QUIET} -XX:ArchiveClassesAtExit={self._written}"
+            return f"{_QUIET} {_whole(f'-XX:ArchiveClassesAtExit={self._written}')}"
         if self.can_archive and self.archive.exists():
-            return f"{_QUIET} -XX:SharedArchiveFile={self.archive}"
+            return f"{_QUIET} {_whole(f'-XX:SharedArchiveFile={self.archive}')}"
         return ""
 
     def discard_part(self) -> None:
@@ -107,3 +107,9 @@ class StartCache:
 
     def _list_of(self, packages: str) -> Path:
         return self.folder / f"jars-{hashlib.sha256(f'{self._fits} {packages}'.encode()).hexdigest()[:16]}.json"
+
+
+def _whole(option: str) -> str:
+    """The option as Spark keeps it in one piece, whatever is in it."""
+    escaped = option.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
