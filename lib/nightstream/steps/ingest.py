@@ -8,7 +8,7 @@ from typing import Any
 from pyspark.sql import SparkSession
 
 from nightstream.errors import WriterBusyError
-from nightstream.ingest import changes, dimensions, formats, ledger, sources
+from nightstream.ingest import changes, dimensions, formats, ledger, rejections, sources
 from nightstream.runtime import clock
 from nightstream.runtime.settings import Settings
 from nightstream.store.lease import Lease, this_process
@@ -58,6 +58,11 @@ def run(spark: SparkSession, settings: Settings, beside_stream: bool = False) ->
             changes.mark(storage, settings.sources.events.path, clock.utc_now())
             recorded = ledger.record(storage, arrived, settings)
             recorded.release()
+            if rejected := recorded.added["quarantine"]:
+                log.warning(
+                    "%d of %d new payloads were rejected; in all, %s",
+                    *(rejected, recorded.added["raw_events"], rejections.summary(storage)),
+                )
             return {"events": ledger.check(storage), "added": recorded.added, **described}
     except WriterBusyError as busy:
         if not beside_stream:

@@ -10,6 +10,7 @@ from pyspark.sql import SparkSession
 
 from nightstream.errors import TableError
 from nightstream.evaluation import gate
+from nightstream.ingest import rejections
 from nightstream.ingest.history import entering, live
 from nightstream.models.bundle import Bundle
 from nightstream.monitoring import measurements
@@ -38,7 +39,9 @@ def run(spark: SparkSession, settings: Settings, as_of: datetime) -> dict[str, A
     events = live(storage.read(EVENTS), settings.events.retraction_type)
     consumed = entering(events, settings.events.window_types)
     if consumed.isEmpty():
-        raise TableError("the table events has no event that enters a window; ingest some or check events.window_types")
+        rejected = rejections.summary(storage)
+        remedy = "ingest some" if rejected is None else f"{rejected}; mend the source, or the settings that read it"
+        raise TableError(f"the table events has no event that enters a window (events.window_types); {remedy}")
     roles = splits.by_time(consumed, settings.training.validation_fraction, settings.training.ranking_fraction)
     items = catalogue.known_items(storage.read_or_empty(ITEMS), events)
     fitted = spark_job.fit(settings, roles, items, storage.read_or_empty(USERS), "training")
