@@ -25,6 +25,8 @@ _CLAUSES: dict[Action, str] = {
 }
 # Up to two million users, of 128 to 256 users each: with some kB a user, some hundred MB.
 _BUCKETS_AT_A_TIME = 512
+# Bytes of files, compressed.
+_LARGEST_WHOLE = 256_000_000
 TAKEN_OVER = "the tables were taken over by another process; start this process again"
 
 
@@ -86,25 +88,33 @@ class DeltaRs:
         spec: TableSpec,
         rows: pa.Table,
         replacement: Replacement,
-        buckets: Sequence[int],
+        buckets: Sequence[int] | None,
         fence: Fence | None = None,
     ) -> None:
-        """Put rows in the place of older ones of their users, by writing their buckets anew.
+        """Put rows in the place of older ones of their users, by writing their buckets, or a table without, anew.
 
-        For nested columns: delta-rs's MERGE of these into many files takes time and memory out of all proportion. At
-        most _BUCKETS_AT_A_TIME of them go into one commit, because their rows lie in memory.
+        A MERGE takes as long, and for nested columns in many files time and memory out of all proportion. At most
+        _BUCKETS_AT_A_TIME go into one commit, because their rows lie in memory; a table that is too large for that and
+        has no buckets yet is merged.
 
         Args:
-            spec: a table that is partitioned by buckets.
+            spec: the table.
             rows: with its columns.
             replacement: which rows are the same.
-            buckets: all that the rows are in.
+            buckets: all that the rows are in; None for a table that has one.
             fence: of the writer.
 
         Raises:
             CommitFailedError: a concurrent writer got ahead.
             WriterBusyError: the fence is behind.
         """
+        if buckets is None:
+            sizes = pa.table(self.open(spec).get_add_actions(flatten=True))["size_bytes"]
+            if (pc.sum(sizes).as_py() or 0) > _LARGEST_WHOLE:
+                self.merge(spec, rows, replacement.as_merge(None), fence)
+            else:
+                self._replace(spec, rows, replacement, "true", fence)
+            return
         for start in range(0, len(buckets), _BUCKETS_AT_A_TIME):
             some = buckets[start : start + _BUCKETS_AT_A_TIME]
             of_these = rows.filter(pc.is_in(rows["bucket"], value_set=pa.array(some, rows["bucket"].type)))

@@ -230,6 +230,8 @@ class Storage:
     ) -> None:
         """Put rows in the place of older ones of their users: each user's in one commit, many users' in several.
 
+        What delta-rs's MERGE writes, many readers can't filter: its texts are of a type that Arrow compares with none.
+
         Args:
             spec: the table.
             rows: with its columns.
@@ -241,7 +243,7 @@ class Storage:
             WriterBusyError: another process has taken the tables over.
         """
         table = rows.table if isinstance(rows, Cut) else None
-        if self.writer is None or table is None or not buckets or not spec.is_nested:
+        if self.writer is None or table is None:
             self.merge(spec, rows, replacement.as_merge(buckets))
             return
         self.create(spec)

@@ -79,11 +79,6 @@ class TableSpec:
             **statistics,
         }
 
-    @property
-    def is_nested(self) -> bool:
-        """Whether a column holds lists, maps or structs."""
-        return any(isinstance(f.dataType, T.ArrayType | T.MapType | T.StructType) for f in self.schema)
-
     def check(self, columns: Iterable[str]) -> None:
         """Raise TableError, naming the missing and the present columns, unless every column of the spec is there."""
         present = list(columns)
