@@ -290,6 +290,7 @@ def test_values_in_a_query_are_read_as_they_are(storages, spark, monkeypatch):
 def test_few_rows_come_to_the_driver_and_more_do_not(storages, spark, monkeypatch):
     monkeypatch.setattr(storage_module, "LOCAL_ROWS", 2)
     for storage in storages.values():
+        storage.create(EVENTS)
         assert storage.few_rows(EVENTS, "event_id = :id", id="a").num_rows == 0
         storage.append(EVENTS, rows(spark, EVENTS, *({"event_id": text} for text in "abc")))
         few = storage.few_rows(EVENTS, "event_id IN (:ids)", ids=["a", "b"])

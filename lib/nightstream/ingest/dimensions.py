@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 Source = TypeVar("Source", ItemSource, UserSource)
 
 NO_ID, REPEATED = "without a usable id", "repeated"
-log = logging.getLogger(__name__)
 
 _FALSE = ("0", "false", "f", "no", "n", "off")
 # Links and keys of other systems: as many values as rows, and nothing to learn from them.
@@ -66,9 +65,7 @@ def items(spark: SparkSession, source: ItemSource, max_id_length: int) -> Descri
         "text": _line(F.concat_ws(" ", *(_text(rows, c) for c in text))),
         "categories": _categories(rows, source.categories),
         "numbers": _numbers(rows, source.numbers),
-        "available": _available(F.btrim(_text(rows, source.available), F.lit(BLANK)))
-        if source.available
-        else F.lit(True),
+        "available": _available(_text(rows, source.available)) if source.available else F.lit(True),
     }
     return _described(rows, source, ITEMS, "item_id", columns, max_id_length, None)
 
@@ -202,6 +199,7 @@ def _number(rows: DataFrame, name: str) -> Column:
 
 
 def _available(text: Column) -> Column:
+    text = F.btrim(text, F.lit(BLANK))
     # A flag that went through a table beside missing values is 1.0 or 0.0, and a stock may be below nothing.
     number = F.when((F.length(text) <= LONGEST_NUMBER) & text.rlike(NUMBER), text.try_cast("double"))
     return F.coalesce(~F.lower(text).isin(*_FALSE) & F.coalesce(number > 0, F.lit(True)), F.lit(True))

@@ -93,9 +93,9 @@ class DeltaRs:
     ) -> None:
         """Put rows in the place of older ones of their users, by writing their buckets, or a table without, anew.
 
-        A MERGE takes as long, and for nested columns in many files time and memory out of all proportion. At most
-        _BUCKETS_AT_A_TIME go into one commit, because their rows lie in memory; a table that is too large for that and
-        has no buckets yet is merged.
+        A MERGE takes as long, for nested columns in many files out of all proportion, and writes texts as string_view,
+        on which Arrow's readers can't filter. At most _BUCKETS_AT_A_TIME go into one commit, because their rows lie in
+        memory; a table that is too large for that and has no buckets yet is merged.
 
         Args:
             spec: the table.
@@ -108,6 +108,8 @@ class DeltaRs:
             CommitFailedError: a concurrent writer got ahead.
             WriterBusyError: the fence is behind.
         """
+        if not rows.num_rows:
+            return
         if buckets is None:
             sizes = pa.table(self.open(spec).get_add_actions(flatten=True))["size_bytes"]
             if (pc.sum(sizes).as_py() or 0) > _LARGEST_WHOLE:

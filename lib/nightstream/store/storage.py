@@ -168,15 +168,16 @@ class Storage:
         return self.spark.sql(sql_text.for_spark(sql, values), **frames).toArrow()
 
     def few_rows(self, spec: TableSpec, condition: str, **values: sql_text.Value) -> pa.Table | None:
-        """The rows under a condition, on the driver; None where they are more than LOCAL_ROWS. The table is made where
-        it is missing.
+        """The rows under a condition, on the driver; None where they are more than LOCAL_ROWS.
 
         Args:
             spec: the table.
             condition: in SQL, values behind a colon; see `query`.
             **values: by name.
+
+        Raises:
+            TableError: the table is missing.
         """
-        self.create(spec)
         sql = f"SELECT {', '.join(spec.schema.names)} FROM {{{spec.name}}} WHERE {condition} LIMIT :most"
         rows = self.query(sql, spec, most=LOCAL_ROWS + 1, **values)
         return rows.cast(arrow_schema(spec.schema)) if rows.num_rows <= LOCAL_ROWS else None
@@ -229,8 +230,6 @@ class Storage:
         self, spec: TableSpec, rows: DataFrame | Cut, replacement: Replacement, buckets: Sequence[int] | None
     ) -> None:
         """Put rows in the place of older ones of their users: each user's in one commit, many users' in several.
-
-        What delta-rs's MERGE writes, many readers can't filter: its texts are of a type that Arrow compares with none.
 
         Args:
             spec: the table.
